@@ -1,0 +1,163 @@
+// THE device seam: every operation that differs between CPU and CUDA, and nothing else. One virtual
+// call per op. Each op has a plain CPU twin in fp32 that is its specification
+// (docs/architecture.md).
+//
+// Rules for every op: tensors are dense and live in this backend's memory; shapes are checked once
+// (a bad shape is a bug, CHECK); zero rows do nothing; nothing is allocated; one caller at a time
+// (the worker thread). The result of a row never depends on the other rows of the call, on their
+// number, or on threads().
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "kernels/core/buffer.h"
+#include "kernels/core/status.h"
+#include "kernels/core/tensor.h"
+#include "kernels/kv_layout.h"
+#include "kernels/sampling.h"
+
+namespace kvarn {
+
+// A weight matrix [n, k] as up to three row blocks, each [n_i, k] of one dtype (bf16, f16 or f32):
+// fused QKV and gate/up without copying mapped weights. y = x W^T; column j of y belongs to row j
+// of the stacked blocks.
+struct LinearWeight {
+  std::array<Tensor, 3> parts;
+  int num_parts = 0;
+  int64_t out_features() const {
+    int64_t n = 0;
+    for (int i = 0; i < num_parts; ++i) n += parts[static_cast<size_t>(i)].dim(0);
+    return n;
+  }
+  int64_t in_features() const { return num_parts == 0 ? 0 : parts[0].dim(1); }
+};
+
+// Rotary embedding of one model: cos/sin tables are made by the model (YaRN included), one row per
+// position.
+struct RopeTable {
+  Tensor cos, sin;  // f32 [max_positions, head_dim / 2], attention factor included
+};
+
+struct QkvParams {
+  Tensor qkv;  // [rows, (q_heads + 2*kv_heads) * head_dim], activation dtype: q heads, k heads, v
+               // heads
+  const int32_t* positions;  // [rows]
+  RopeTable rope;
+  Tensor q_norm, k_norm;  // [head_dim]; empty: no QK norm (then only RoPE)
+  float eps;
+  bool rotate;  // multiply q, k, v of each head by H/sqrt(head_dim) (coded formats)
+  int q_heads, kv_heads, head_dim;
+  Tensor q;     // out f32 (CPU) [rows, q_heads, head_dim]
+  Tensor k, v;  // out f16 [rows, kv_heads, head_dim]
+};
+
+// One layer's pages: address of (page, head) = data + (page * kv_heads + head) * layout.page_bytes.
+struct KvLayerView {
+  std::byte* data;
+  int64_t num_pages;
+  int kv_heads;
+  KvLayout layout;
+};
+
+struct KvWriteParams {
+  Tensor k, v;  // f16 [rows, kv_heads, head_dim]
+  const int64_t*
+      slots;  // [rows]: page * exact_rows + row within the page, or -1: this row is stored nowhere
+  KvLayerView layer;
+};
+
+// Encodes complete tiles into pages, all KV heads of one layer. The source is either 128
+// consecutive rows of this step (prefill) or the exact pages of the block (decode, release).
+struct EncodeTile {
+  int32_t first_row;                                    // of k, v below; -1: from source_pages
+  std::array<int32_t, kMaxPagesPerBlock> source_pages;  // used when first_row < 0
+  int32_t target_page;                                  // never one of source_pages
+};
+struct KvEncodeParams {
+  Tensor k, v;  // f16 [rows, kv_heads, head_dim]; may be empty when every tile comes from pages
+  std::span<const EncodeTile> tiles;
+  KvLayerView layer;
+};
+
+// A run of consecutive positions of one sequence in this step.
+struct AttentionSequence {
+  int32_t first_row;       // in q, k_rows, v_rows, out
+  int32_t num_rows;        // 1 in a decode
+  int32_t first_position;  // of first_row; a multiple of 128 when num_rows > 1
+  int32_t first_block;     // index into block_pages of the sequence's block 0
+};
+using BlockPages =
+    std::array<int32_t, kMaxPagesPerBlock>;  // coded block: page in [0]; exact: in order, -1 unused
+
+// Causal attention of each row over positions 0..p of its sequence. Blocks before the row's own
+// tile are read from pages, coded or exact by reads_coded(); rows of its own tile that belong to
+// this step are read from k_rows/v_rows, earlier ones (decode) from exact pages. Per (row, head):
+// one partial (m, l, acc) per block with rows in order of position, merged in order of blocks: the
+// CPU result is the same bits for any schedule.
+struct AttentionParams {
+  Tensor q;               // f32 [rows, q_heads, head_dim], rotated when the layout is coded
+  Tensor k_rows, v_rows;  // f16 [rows, kv_heads, head_dim] of this step
+  std::span<const AttentionSequence> sequences;
+  const BlockPages* block_pages;
+  KvLayerView layer;
+  int q_heads;
+  float scale;  // 1/sqrt(head_dim)
+  ReadingRule rule =
+      ReadingRule::kPosition;  // kChunkStart: the chunk's own tiles are all read from k_rows/v_rows
+  Tensor out;                  // activation dtype [rows, q_heads * head_dim], rotated back
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string name() const = 0;        // "cpu (avx512_bf16, 2 threads)"
+  virtual int threads() const = 0;             // CPU threads at work; 1 on a GPU
+  virtual DType activation_dtype() const = 0;  // f32 on the CPU
+  virtual Buffer allocate(size_t bytes) = 0;   // start-up only; throws std::bad_alloc
+  // Makes host bytes usable by the ops below. The CPU returns the same address (mapped weights are
+  // not copied); a GPU copies into `into`, which must be large enough.
+  virtual void* upload(const void* host, size_t bytes, Buffer& into, size_t offset) = 0;
+
+  virtual void embed(const int32_t* token_ids, Tensor table /*[vocab, hidden]*/,
+                     Tensor out /*[rows, hidden]*/) = 0;
+  virtual void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) = 0;  // [rows, hidden]
+  virtual void add_rms_norm(Tensor residual, Tensor delta, Tensor weight, float eps,
+                            Tensor y) = 0;              // residual += delta
+  virtual void add(Tensor residual, Tensor delta) = 0;  // residual += delta
+  virtual void linear(Tensor x, const LinearWeight& weight,
+                      Tensor y) = 0;  // [rows,k] -> [rows,n]; y may be f32 logits
+  virtual void qk_norm_rope_rotate(const QkvParams& params) = 0;
+  virtual void kv_write(const KvWriteParams& params) = 0;
+  virtual void kv_encode(const KvEncodeParams& params) = 0;
+  virtual void attention_decode(const AttentionParams& params) = 0;   // sequences of one row
+  virtual void attention_prefill(const AttentionParams& params) = 0;  // chunks
+  virtual void silu_mul(Tensor gate_up /*[rows, 2*ffn]*/, Tensor y /*[rows, ffn]*/) = 0;
+  virtual void gather_rows(Tensor x, std::span<const int32_t> rows, Tensor y) = 0;
+  virtual void sample(Tensor logits /*f32 [rows, vocab], overwritten*/,
+                      std::span<const SamplingRow> rows, std::span<SampledToken> out) = 0;
+};
+
+// Instruction sets of the CPU backend, weakest first. kAmxBf16 and kAvx512Bf16 round activations to
+// bf16 in linear().
+enum class CpuIsa : uint8_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+const char* cpu_isa_name(CpuIsa isa);
+CpuIsa best_cpu_isa();  // of this host
+bool cpu_isa_supported(CpuIsa isa);
+
+struct CpuOptions {
+  int threads = 0;  // 0: physical cores
+  CpuIsa isa = best_cpu_isa();
+  bool fp32_activations =
+      false;  // keep activations fp32 in linear() whatever the ISA (parity tests)
+};
+std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options);
+
+// kUnavailable (with the reason) where this build or machine has no CUDA.
+Result<std::unique_ptr<Backend>> make_cuda_backend(int device);
+
+}  // namespace kvarn

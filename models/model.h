@@ -1,0 +1,44 @@
+// A model as the engine sees it. Worker thread only after load.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "kernels/core/arena.h"
+#include "models/forward_input.h"
+#include "models/model_config.h"
+
+namespace kvarn {
+
+class Model {
+ public:
+  virtual ~Model() = default;
+  virtual const ModelConfig& config() const = 0;
+  // Activation bytes that one forward() of at most `max_rows` rows and `max_logit_rows` logits
+  // takes from the arena.
+  virtual size_t workspace_bytes(int max_rows, int max_logit_rows) const = 0;
+  // Runs the step and writes `logits` f32 [logit_rows, vocab]. Throws on a device failure; input is
+  // trusted.
+  virtual void forward(const ForwardInput& input, const KvCacheView& kv, Arena& arena,
+                       Tensor logits) = 0;
+  virtual size_t weight_bytes() const = 0;
+};
+
+enum class LoadFormat { kAuto, kDummy };
+
+struct ModelSource {
+  std::filesystem::path
+      path;  // directory with config.json and *.safetensors; unused for kDummy with a shape
+  LoadFormat format = LoadFormat::kAuto;
+  std::string shape;      // "qwen3-0.6b" ... "qwen3-32b", for kDummy
+  int max_model_len = 0;  // positions the RoPE table must cover; 0: the config's
+  uint64_t dummy_seed = 0;
+};
+
+// Reads only config.json (or the public shape).
+Result<ModelConfig> read_model_config(const ModelSource& source);
+// Loads or generates the weights and makes the model. The backend must outlive it.
+Result<std::unique_ptr<Model>> load_model(const ModelSource& source, Backend& backend);
+
+}  // namespace kvarn
