@@ -1,0 +1,34 @@
+# kvarn in a container. Targets: cpu (default).
+#   docker build --target cpu -t kvarn:cpu .
+#   docker run --rm -p 8000:8000 -p 8001:8001 kvarn:cpu                                  the demo model
+#   docker run --rm -p 8000:8000 -v /models/Qwen3-8B:/model:ro kvarn:cpu serve --model /model
+# deploy/test/replay.py runs these stages in chroots where no container engine is at hand.
+
+FROM debian:12-slim AS build
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+      build-essential cmake ninja-build pkg-config ca-certificates \
+      libgrpc++-dev protobuf-compiler-grpc libprotobuf-dev protobuf-compiler \
+      nlohmann-json3-dev libspdlog-dev libfmt-dev libcli11-dev libboost1.81-dev \
+      libpcre2-dev libutf8proc-dev libssl-dev && \
+    rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . /src
+RUN cmake -S . -B /build -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=OFF -DKVARN_TESTS=OFF && \
+    ninja -C /build kvarn && \
+    strip /build/bin/kvarn
+
+FROM debian:12-slim AS cpu
+RUN groupadd --gid 10001 kvarn && useradd --uid 10001 --gid kvarn --no-create-home --shell /usr/sbin/nologin kvarn
+COPY --from=build /build/bin/kvarn /usr/local/bin/kvarn
+COPY assets/demo-model /usr/share/kvarn/demo-model
+# Inside a container the door must face outwards; publish ports only where you mean to.
+ENV KVARN_HOST=0.0.0.0
+ENV KVARN_MODEL=/usr/share/kvarn/demo-model
+USER kvarn
+WORKDIR /
+EXPOSE 8000 8001
+STOPSIGNAL SIGTERM
+# The image has no curl: bash speaks HTTP well enough to ask for the status line.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD bash -c 'exec 3<>/dev/tcp/127.0.0.1/8000 && printf "GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n" >&3 && head -n 1 <&3 | grep -q " 200 "'
+ENTRYPOINT ["kvarn"]
+CMD ["serve"]
