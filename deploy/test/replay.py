@@ -203,7 +203,9 @@ def main():
                 continue
             for node in ("proc", "dev"):
                 subprocess.run(["umount", "-R", "-l", f"{root}/{node}"], stderr=subprocess.DEVNULL, check=False)
-            if not args.keep and not os.path.ismount(f"{root}/proc"):
+            if any(os.path.ismount(f"{root}/{node}") for node in ("proc", "dev")):
+                fail(f"{root} still has mounts; unmount them by hand, nothing was deleted")
+            if not args.keep:
                 shutil.rmtree(root, ignore_errors=True)
     print("replay: ok")
 
