@@ -3,6 +3,8 @@
 // policy here.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -10,6 +12,16 @@
 #include "kernels/backend.h"
 
 namespace kvarn {
+
+// Signs of life of a running forward(), for the stall watch, and what it spent on coding tiles.
+struct ForwardProgress {
+  std::atomic<std::chrono::steady_clock::time_point> last_layer;  // any thread may read
+  double encode_seconds = 0;  // added up by the worker thread; read it after forward()
+
+  void layer_done() {
+    last_layer.store(std::chrono::steady_clock::now(), std::memory_order_relaxed);
+  }
+};
 
 struct ForwardInput {
   std::span<const int32_t> token_ids;  // [rows]
@@ -25,6 +37,7 @@ struct ForwardInput {
       encode_in_layer;  // complete tiles of prefill chunks, from the layer's own rows
   std::span<const int32_t> logit_rows;  // rows whose logits are wanted, ascending
   ReadingRule rule = ReadingRule::kPosition;
+  ForwardProgress* progress = nullptr;  // out; none where nobody watches
 };
 
 // The pages of every layer, views into the engine's pool.
