@@ -1,0 +1,49 @@
+// What both doors share from the first moment on: settings, health, metrics, and the service once
+// the model is loaded. Thread-safe.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/engine.h"
+#include "kernels/core/status.h"
+#include "server/generation_service.h"
+#include "server/health.h"
+#include "server/metrics.h"
+#include "server/server_config.h"
+
+namespace kvarn {
+
+class ServerState {
+ public:
+  ServerState(ServerConfig server_config, std::vector<std::string> served_model_names);
+
+  const ServerConfig config;
+  const std::vector<std::string> served_names;  // never empty
+  const std::string instance_id;                // random per process
+  Health health;
+  Metrics metrics;
+
+  // Null while the model loads. Holders keep it alive; it is not taken back before both doors stop.
+  std::shared_ptr<GenerationService> service() const {
+    const std::lock_guard lock(mutex_);
+    return service_;
+  }
+  void set_service(std::shared_ptr<GenerationService> service) {
+    const std::lock_guard lock(mutex_);
+    service_ = std::move(service);
+  }
+  // The service, or why new requests are not taken: model_loading, server_draining,
+  // engine_unavailable. Both doors ask this before they read a body. Counts a shed request.
+  Result<std::shared_ptr<GenerationService>> admit();
+  EngineStats engine_stats() const;  // zeros while loading
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<GenerationService> service_;
+};
+
+}  // namespace kvarn
