@@ -74,6 +74,10 @@ struct EngineConfig {
   Status validate() const;
 };
 
+// Tokens of one step: --max-num-batched-tokens, or the device's default (at least max_num_seqs +
+// 128).
+int token_budget(const EngineConfig& config);
+
 // "8GiB", "512MiB", "1.5GB", "1000000" -> bytes.
 Result<uint64_t> parse_bytes(const std::string& text);
 // "fp16" ... -> format; "auto" is resolved against head_dim. A KVarN format at another head_dim is
