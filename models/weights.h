@@ -1,0 +1,55 @@
+// WeightStore owns a model's weights and hands them out by name: mapped from safetensors files and
+// used in place, or random for benchmarks. On the CPU no tensor is copied; one whose bytes are
+// misaligned for its dtype is the exception. A store must outlive every Tensor taken from it.
+// Worker thread only; Tensors may be read from any thread.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "models/safetensors.h"
+
+namespace kvarn {
+
+class WeightStore {
+ public:
+  // Opens and checks the files of a model directory (models/safetensors.h).
+  static Result<std::unique_ptr<WeightStore>> from_directory(const std::filesystem::path& directory,
+                                                             Backend& backend);
+  // Every get() makes its tensor in bf16: matrices N(0, 0.02), vectors (norm gains) 1. Values
+  // depend on seed and name alone.
+  static std::unique_ptr<WeightStore> random(uint64_t seed, Backend& backend);
+
+  // The tensor `name`, which must have exactly this shape and dtype bf16, f16 or f32.
+  Result<Tensor> get(const std::string& name, std::initializer_list<int64_t> shape);
+  // Names that get() never took are an error: they belong to another model, and ignoring them would
+  // answer with the wrong one. Redundant copies that checkpoints carry are passed over.
+  Status check_all_used() const;
+  // Keeps the array that `host` holds, in the backend's memory (tables that a model computes).
+  Tensor adopt(Buffer host, DType dtype, std::initializer_list<int64_t> shape);
+
+  size_t bytes() const { return bytes_; }  // of everything handed out
+
+ private:
+  explicit WeightStore(Backend& backend) : backend_(backend) {}
+  Tensor to_backend(const std::byte* host, DType dtype, std::initializer_list<int64_t> shape);
+  Result<Tensor> get_mapped(const std::string& name, std::initializer_list<int64_t> shape);
+  Tensor make_random(const std::string& name, std::initializer_list<int64_t> shape);
+
+  Backend& backend_;
+  bool random_ = false;
+  uint64_t seed_ = 0;
+  Safetensors files_;
+  std::set<std::string> used_;
+  std::vector<Buffer> buffers_;  // host or device memory that the store owns
+  size_t bytes_ = 0;
+};
+
+// Fills `out` with N(0, stddev) in bf16, `threads` at work; element i depends on (seed, i) alone.
+void fill_normal_bf16(bf16* out, int64_t count, float stddev, uint64_t seed, int threads);
+
+}  // namespace kvarn
