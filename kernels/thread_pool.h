@@ -1,4 +1,4 @@
-// The one pool of CPU threads of a process: pinned where possible, woken by spinning shortly and
+// The one pool of CPU threads of a process: woken by spinning shortly and
 // then sleeping. The caller is thread 0. Not reentrant; one caller at a time (the worker thread).
 #pragma once
 
