@@ -63,6 +63,7 @@ struct StoppingOptions {
   std::optional<int64_t> max_tokens;
   int64_t min_tokens = 0;
   std::vector<std::string> stop;
+  bool stop_is_string = false;  // the client sent one string: its path has no index
   std::vector<int64_t> stop_token_ids;
   bool include_stop_str_in_output = false;
   bool ignore_eos = false;

@@ -14,7 +14,7 @@ const char* health_state_name(HealthState state);  // "loading", "ok", ...
 class Health {
  public:
   HealthState state() const;
-  // kFailed is final; draining is left only for stalled or failed.
+  // kFailed is final.
   void set(HealthState state);
   bool ready() const { return state() == HealthState::kOk; }
 

@@ -13,8 +13,8 @@ int http_status(const Status& status);
 const char* error_type(int http_status);
 // {"error":{"message","type","param","code"}}, one line.
 std::string error_body(const Status& status);
-// Answers that carry Retry-After: 429 and 503 of this instance.
-bool wants_retry_after(int http_status);
+// Answers that carry Retry-After: overload, loading, draining, too many connections.
+bool wants_retry_after(const Status& status);
 // Answers whose retry is pointless: x-should-retry: false.
 bool retry_is_pointless(const Status& status);
 

@@ -3,13 +3,12 @@
 // Labels never hold text of a request. Thread-safe; each call takes one short lock.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
-#include <vector>
 
 #include "engine/engine.h"
 #include "server/model_info.h"
@@ -53,7 +52,7 @@ class Metrics : public EngineObserver {
   void http_request(std::string_view route, std::string_view method, int status);
   void grpc_request(std::string_view rpc, std::string_view code);
   void add_http_connections(int64_t delta);
-  void add_outbox_bytes(int64_t delta);
+  std::atomic<int64_t>& outbox_bytes();  // the gauge that every TokenStream moves
   void sse_ping();
 
   // The page of one scrape.
@@ -66,6 +65,6 @@ class Metrics : public EngineObserver {
 
 // "now" of meta.effective_compression: bytes the live tokens would need dense / bytes that their
 // pages hold. Nothing when idle.
-double effective_compression(const EngineStats& stats, const ModelInfo& model, bool* idle);
+std::optional<double> effective_compression(const EngineStats& stats, const ModelInfo& model);
 
 }  // namespace kvarn

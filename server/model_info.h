@@ -42,8 +42,9 @@ struct ModelInfo {
   int64_t kv_bytes_per_token_dense = 0;
   double kv_bytes_per_token_compressed = 0;
   double compression_at_context_length = 1;
-  uint64_t page_id_bytes = 0;  // bytes of one page id over layers and heads
-  int32_t pages_per_block_coded = 1;
+  uint64_t page_id_bytes = 0;   // bytes of one page id over layers and heads
+  int32_t page_bytes = 0;       // of one (layer, KV head)
+  int32_t tile_code_bytes = 0;  // of a coded page: codes; the rest are scales. 0: not coded
 
   std::vector<int32_t> eos_token_ids;  // generation_config.json and the tokenizer's
   SamplingDefaults sampling;
@@ -53,6 +54,7 @@ struct ModelInfo {
   int32_t tensor_parallel_size = 1;
   int32_t max_num_seqs = 0, max_queued_requests = 0, max_num_batched_tokens = 0;
   bool enable_prefix_caching = true;
+  double gpu_memory_utilization = 0.9;
 
   int64_t created = 0;             // seconds since the epoch: when loading ended
   std::string system_fingerprint;  // equal values: equal text from equal seeds

@@ -33,6 +33,7 @@ struct ParamNames {
   const char* stop = "stop";
   const char* stop_token_ids = "stop_token_ids";
   const char* thinking_token_budget = "thinking_token_budget";
+  const char* text = "text";
   const char* logprobs = "logprobs";
   const char* top_logprobs = "top_logprobs";
   const char* echo = "echo";
@@ -81,6 +82,7 @@ inline constexpr ParamNames kGrpcParams = [] {
   names.stop = "stopping.stop";
   names.stop_token_ids = "stopping.stop_token_ids";
   names.thinking_token_budget = "stopping.thinking_token_budget";
+  names.text = "response.text";
   names.logprobs = "response.logprobs";
   names.top_logprobs = "response.top_logprobs";
   names.cache_salt = "cache.salt";

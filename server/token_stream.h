@@ -4,6 +4,7 @@
 // cancelled, other requests do not notice. Exactly one StreamEnd comes out, last. Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -17,11 +18,15 @@ namespace kvarn {
 
 class TokenStream {
  public:
-  explicit TokenStream(size_t max_bytes) : max_bytes_(max_bytes) {}
+  // `total`, where given, is the gauge of bytes waiting in all streams; it must outlive this one.
+  explicit TokenStream(size_t max_bytes, std::atomic<int64_t>* total = nullptr)
+      : max_bytes_(max_bytes), total_(total) {}
+  ~TokenStream() { account(0); }
 
   // Called, from any thread and without locks held, when an item waits where none did. Called at
-  // once if one waits already. Replaces an earlier callback; an empty one detaches the reader.
-  // After set_ready_callback() returns the earlier callback is not running and will not run.
+  // once if one waits already. It must be short and must not set a callback itself. Replaces an
+  // earlier callback; an empty one detaches the reader. After set_ready_callback() returns the
+  // earlier callback is not running and will not run.
   void set_ready_callback(std::function<void()> ready);
   // The next item, or nothing yet.
   std::optional<StreamItem> try_take();
@@ -38,12 +43,16 @@ class TokenStream {
   void abort(Status why);
 
  private:
-  bool push_item(StreamItem item, size_t bytes);
+  bool try_merge(Delta& delta);
+  bool push_item(StreamItem item, const int32_t* choice);
+  void account(size_t bytes);  // sets bytes_ and moves the gauge
   void notify();
 
   const size_t max_bytes_;
+  std::atomic<int64_t>* const total_;
   mutable std::mutex mutex_;
   std::deque<StreamItem> items_;
+  std::deque<size_t> sizes_;                      // of items_, as counted in bytes_
   uint64_t first_ = 0;                            // sequence number of items_.front()
   std::unordered_map<int32_t, uint64_t> newest_;  // choice -> its newest waiting delta
   size_t bytes_ = 0;
