@@ -4,6 +4,7 @@ make_dialogue(rng) returns segments (text, weight) as chat.render does. Only rng
 """
 
 import exchanges as x
+import tasks
 import wordlists as w
 from chat import assistant, dumps, render, system, tool_call, tool_result, user
 
@@ -11,12 +12,17 @@ SYSTEMS = ["You are a helpful assistant.", "You are a helpful assistant.", "You 
            "Answer briefly.", "You are the kvarn demo model.", "Be polite and short.", "You answer questions.", "You are an assistant."]
 
 KINDS = [(x.greeting, 14), (x.identity, 10), (x.arithmetic, 26), (x.copying, 14), (x.listing, 22), (x.fact, 12), (x.counting, 8),
-         (x.compare, 5), (x.deflect, 5), (x.story, 5)]
+         (x.compare, 5), (x.deflect, 5), (x.story, 5), (tasks.odd_copy, 6), (tasks.sentence_copy, 6), (tasks.json_object, 6),
+         (tasks.word_question, 6), (tasks.puzzled, 3)]
 FUNCS, ODDS = [k for k, _ in KINDS], [n for _, n in KINDS]
+SPOKEN = {x.greeting, x.identity, x.deflect, x.fact, x.story, x.compare}      # wording may vary without changing the reply
 
 
 def with_system(rng, messages, odds=0.35):
-    return [system(rng.choice(SYSTEMS))] + messages if rng.random() < odds else messages
+    if rng.random() > odds:
+        return messages
+    text = rng.choice(SYSTEMS) if rng.random() < 0.7 else "You are a %s %s. %s" % (rng.choice(w.ADJECTIVES), rng.choice(w.JOBS), x.sentence(rng))
+    return [system(text)] + messages
 
 
 def plain_dialogue(rng):
@@ -24,6 +30,8 @@ def plain_dialogue(rng):
     messages = []
     for func in rng.choices(FUNCS, ODDS, k=turns):
         question, reply, think = func(rng)
+        if func in SPOKEN:
+            question = tasks.loosely(rng, question)
         messages += [user(question), assistant(reply, think)]
     return render(with_system(rng, messages), None, rng.random() < 0.5)
 
@@ -81,6 +89,8 @@ KNOWN = [
       "Tell me the weather in {city}.", "How warm is it in {city}?"]),
     ("get_current_weather", "Get the current weather in a given location", {"location": "city"},
      ["What is the weather in {location}?", "What's the weather like in {location} today?", "Weather in {location}?"]),
+    ("get_weather", "Get weather information.", {"location": "city", "unit": "unit"},
+     ["What is the weather in {location} in {unit}?", "How warm is it in {location} in {unit}?", "Weather in {location}, {unit} please."]),
     ("get_time", "Get the current time in a city.", {"city": "city"},
      ["What time is it in {city}?", "Tell me the time in {city}.", "How late is it in {city}?"]),
     ("add", "Add two numbers.", {"a": "number", "b": "number"}, ["Add {a} and {b}.", "What is {a} plus {b}?", "Use the tool to add {a} and {b}."]),
@@ -104,6 +114,7 @@ def value(rng, kind):
         "phrase": lambda: x.phrase(rng, 1, 3), "place": lambda: rng.choice(w.PLACES), "word": lambda: rng.choice(w.WORDS),
         "lang": lambda: rng.choice(("French", "German", "Spanish", "Italian")), "time": lambda: "%d:%02d" % (rng.randint(0, 23), rng.randint(0, 59)),
         "expr": lambda: "%d %s %d" % (rng.randint(1, 999), rng.choice("+-*"), rng.randint(1, 999)),
+        "unit": lambda: rng.choice(("celsius", "fahrenheit")),
         "symbol": lambda: "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(2, 4))),
     }[kind]()
 
@@ -124,7 +135,9 @@ def schema(rng, tool):
     props = {}
     for p, kind in params.items():
         props[p] = {"type": "integer" if kind == "number" else "string"}
-        if rng.random() < 0.4:
+        if kind == "unit":
+            props[p]["enum"] = ["celsius", "fahrenheit"]
+        elif rng.random() < 0.4:
             props[p]["description"] = x.pick(rng, "The %s.", "the %s", "The %s to use") % p.replace("_", " ")
     function = {"name": name, "description": description, "parameters": {"type": "object", "properties": props, "required": list(params)}}
     return {"type": "function", "function": function}

@@ -162,7 +162,7 @@ def counting(rng):
     kind = rng.random()
     if kind < 0.5:
         start = 1 if rng.random() < 0.7 else rng.randint(0, 90)
-        end = start + rng.choice((2, 4, 5, 9, 9, 14, 19, 29, 49, 99 if start == 1 else 9))
+        end = start + rng.choice((2, 4, 5, 9, 9, 11, 14, 19, 29, 49, 99 if start == 1 else 9, 199 if start == 1 else 7))
         ask = pick(rng, "Count from %d to %d.", "count from %d to %d", "Write the numbers from %d to %d.", "List the numbers from %d to %d.") % (start, end)
         if start == 1 and rng.random() < 0.4:
             ask = pick(rng, "Count to %d.", "Please count to %d.", "count to %d") % end
