@@ -59,6 +59,9 @@ class GenerationService {
   // Ends it wherever it is; the stream ends with `why` and what waits in it is dropped.
   void cancel(const Generation& generation, const Status& why);
 
+  // Ends every generation with `why` without waiting for the engine, which may be stuck in a step.
+  void fail_all(const Status& why);
+
   // Checks of the chat part of a request (roles, contents, template arguments), then the template.
   // `add_generation_prompt` of the chat is honoured here, as /apply-template needs it.
   Result<RenderedPrompt> render_chat(const ChatPrompt& chat, const ParamNames& names) const;

@@ -1,6 +1,6 @@
 // OutputWorkers: N threads that turn the engine's tokens into deltas. One generation stays on one
-// thread, so its state needs no lock and its deltas keep their order. Per choice: Detokenizer ->
-// StopChecker -> OutputParser -> TokenStream (text_piece.h). The engine thread only enqueues.
+// thread, so its state needs no lock and its deltas keep their order. Per choice: ChoiceOutput ->
+// TokenStream. The engine thread only enqueues. Thread-safe.
 #pragma once
 
 #include <chrono>
@@ -30,12 +30,10 @@ struct OutputPlan {
   std::vector<int32_t> prompt;
   std::string echo;    // text that precedes the output; empty: none
   bool parse = false;  // chats: split reasoning from content
-  std::vector<int32_t> eos_token_ids;
   std::vector<std::string> stop;
   int32_t min_tokens = 0;  // until then stop strings are not looked for
   int32_t max_tokens = 0;
   bool include_stop_string = false;
-  bool ignore_eos = false;
   ResponseOptions response;
 };
 
@@ -48,11 +46,14 @@ class OutputWorkers {
 
   // One sink per plan, all writing to `stream`, which ends when the last choice of the last plan
   // has, or with the first error (then the others are cancelled). `on_end` runs once on a worker
-  // thread, when no engine event can follow that matters.
+  // thread, when no further engine event matters, just before the stream ends.
   std::vector<std::shared_ptr<EventSink>> open(std::vector<OutputPlan> plans,
                                                std::shared_ptr<TokenStream> stream,
                                                std::chrono::steady_clock::time_point accepted_at,
                                                std::function<void(const Status&)> on_end);
+  // Ends every generation with `why` without waiting for the engine: it may be stuck in a step.
+  void fail_all(const Status& why);
+  size_t active() const;  // generations that have not ended
 
  private:
   class Impl;
