@@ -68,9 +68,21 @@ const LinearKernel& linear_kernel_scalar(DType dtype) {
   }
 }
 
+#if defined(__x86_64__)
+const LinearKernel& linear_kernel(CpuIsa isa, DType dtype, bool fp32_activations) {
+  if (dtype == DType::kBF16 && !fp32_activations) {
+    if (isa >= CpuIsa::kAmxBf16) return linear_kernel_amx();
+    if (isa >= CpuIsa::kAvx512Bf16) return linear_kernel_avx512_bf16();
+  }
+  if (isa >= CpuIsa::kAvx512) return linear_kernel_avx512(dtype);
+  if (isa >= CpuIsa::kAvx2) return linear_kernel_avx2(dtype);
+  return linear_kernel_scalar(dtype);
+}
+#else
 const LinearKernel& linear_kernel(CpuIsa /*isa*/, DType dtype, bool /*fp32_activations*/) {
   return linear_kernel_scalar(dtype);
 }
+#endif
 
 void Linear::run(Tensor x, const LinearWeight& weight, Tensor y) {
   const int64_t rows = x.dim(0), k = weight.in_features(), n = weight.out_features();

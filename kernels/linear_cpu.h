@@ -47,6 +47,10 @@ const LinearKernel& linear_kernel(CpuIsa isa, DType dtype, bool fp32_activations
 
 // Tables of the ISAs; called through linear_kernel().
 const LinearKernel& linear_kernel_scalar(DType dtype);
+const LinearKernel& linear_kernel_avx2(DType dtype);
+const LinearKernel& linear_kernel_avx512(DType dtype);
+const LinearKernel& linear_kernel_avx512_bf16();  // bf16 weights
+const LinearKernel& linear_kernel_amx();          // bf16 weights
 
 // Runs linear() and owns its scratch, which grows to the largest call seen and stays: a warm-up of
 // the largest step leaves nothing to allocate. One caller at a time.

@@ -1,0 +1,171 @@
+// The register-blocked loops of linear(), written once over a vector trait V. Include it after the
+// `#pragma GCC target` of an ISA: everything here is a template or local to the file.
+//
+// V gives one accumulator register per output element. k advances in steps of V::kStep weights; a
+// step is V::kPhases multiply-adds into the accumulator, always in the same order. A packed row of
+// x is one V::XReg per phase, so load_x and load_w meet the same elements. Last, reduce4() folds
+// the lanes of four accumulators by one tree: i and i+8, i+4, i+2, i+1.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/linear_cpu.h"
+
+namespace kvarn::cpu {
+namespace {
+
+#define KVARN_UNROLL _Pragma("GCC unroll 16")
+#define KVARN_ALWAYS inline __attribute__((always_inline))
+
+template <class V>
+constexpr int64_t packed_row(int64_t k) {  // elements of one packed row of x
+  return (k + V::kStep - 1) / V::kStep * V::kStep;
+}
+
+template <class V>
+size_t packed_bytes_vector(int64_t rows, int64_t k) {
+  return static_cast<size_t>(rows * packed_row<V>(k)) * sizeof(typename V::X);
+}
+
+template <class V>
+void pack_vector(const float* x, int64_t rows, int64_t k, int64_t first, int64_t last,
+                 std::byte* packed) {
+  (void)rows;  // a block is one row
+  using X = typename V::X;
+  const int64_t full = k / V::kStep * V::kStep;
+  for (int64_t row = first; row < last; ++row) {
+    const float* from = x + row * k;
+    X* to = reinterpret_cast<X*>(packed) + row * packed_row<V>(k);
+    for (int64_t i = 0; i < full; i += V::kStep) V::pack_step(from + i, to + i);
+    if (full < k) {
+      float tail[V::kStep] = {};
+      std::memcpy(tail, from + full, static_cast<size_t>(k - full) * sizeof(float));
+      V::pack_step(tail, to + full);
+    }
+  }
+}
+
+template <class V, int T, int R>
+KVARN_ALWAYS void step(typename V::Acc (&acc)[R][T], const typename V::X* x, int64_t x_stride,
+                       const typename V::W* w, int64_t w_stride) {
+  KVARN_UNROLL
+  for (int phase = 0; phase < V::kPhases; ++phase) {
+    typename V::XReg xs[T];
+    KVARN_UNROLL
+    for (int t = 0; t < T; ++t) xs[t] = V::load_x(x + t * x_stride, phase);
+    KVARN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const typename V::XReg wr = V::load_w(w + r * w_stride, phase);
+      KVARN_UNROLL
+      for (int t = 0; t < T; ++t) acc[r][t] = V::multiply_add(wr, xs[t], acc[r][t]);
+    }
+  }
+}
+
+// T rows of x times R rows of W. kPrefetch: also asks for the bytes behind the R rows, in order of
+// address, which are the next block's.
+template <class V, int T, int R, bool kPrefetch>
+KVARN_ALWAYS void block(const typename V::X* x, int64_t k, const typename V::W* w, float* y,
+                        int64_t y_stride) {
+  using W = typename V::W;
+  const int64_t x_stride = packed_row<V>(k);
+  const int64_t full = k / V::kStep * V::kStep;
+  typename V::Acc acc[R][T];
+  KVARN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    KVARN_UNROLL
+    for (int t = 0; t < T; ++t) acc[r][t] = V::zero();
+  }
+  constexpr int kStepBytes = R * V::kStep * static_cast<int>(sizeof(W));
+  const char* ahead = reinterpret_cast<const char*>(w + R * k);
+  int64_t i = 0;
+  for (; i < full; i += V::kStep) {
+    if constexpr (kPrefetch) {
+      KVARN_UNROLL
+      for (int line = 0; line < kStepBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+      ahead += kStepBytes;
+    }
+    step<V, T, R>(acc, x + i, x_stride, w + i, k);
+  }
+  if (i < k) {
+    W tail[R][V::kStep] = {};
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(tail[r], w + r * k + i, static_cast<size_t>(k - i) * sizeof(W));
+    }
+    step<V, T, R>(acc, x + i, x_stride, &tail[0][0], V::kStep);
+  }
+  KVARN_UNROLL
+  for (int t = 0; t < T; ++t) {
+    float* out = y + t * y_stride;
+    if constexpr (R % 4 == 0) {
+      KVARN_UNROLL
+      for (int r = 0; r < R; r += 4) {
+        _mm_storeu_ps(out + r, V::reduce4(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t]));
+      }
+    } else {
+      KVARN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        out[r] = _mm_cvtss_f32(V::reduce4(acc[r][t], acc[r][t], acc[r][t], acc[r][t]));
+      }
+    }
+  }
+}
+
+// All rows [first, last) of x times R rows of W, at most T at a time.
+template <class V, int T, int R>
+KVARN_ALWAYS void rows_times(const typename V::X* x, int64_t first, int64_t last, int64_t k,
+                             const typename V::W* w, float* y, int64_t y_stride) {
+  const int64_t x_stride = packed_row<V>(k);
+  int64_t row = first;
+  for (; row + T <= last; row += T) {
+    block<V, T, R, false>(x + row * x_stride, k, w, y + row * y_stride, y_stride);
+  }
+  if constexpr (T > 1) {
+    constexpr int kNext = T > 4 ? 4 : T > 2 ? 2 : 1;
+    if (row < last) rows_times<V, kNext, R>(x, row, last, k, w, y, y_stride);
+  }
+}
+
+template <class V>
+void compute_vector(const LinearJob& job, int64_t first, int64_t last) {
+  using W = typename V::W;
+  using X = typename V::X;
+  const X* x = reinterpret_cast<const X*>(job.packed_x);
+  const W* weight = static_cast<const W*>(job.weight);
+  const int64_t k = job.k;
+  if (job.rows == 1) {
+    int64_t column = first;
+    for (; column + 8 <= last; column += 8) {
+      block<V, 1, 8, true>(x, k, weight + column * k, job.y + column, job.y_stride);
+    }
+    for (; column < last; ++column) {
+      block<V, 1, 1, false>(x, k, weight + column * k, job.y + column, job.y_stride);
+    }
+    return;
+  }
+  // Rows of x in groups that stay in L2 while the columns pass by.
+  constexpr int64_t kGroupBytes = 1 << 20;
+  const int64_t row_bytes = packed_row<V>(k) * static_cast<int64_t>(sizeof(X));
+  const int64_t group = std::max<int64_t>(V::kRows, kGroupBytes / row_bytes / V::kRows * V::kRows);
+  for (int64_t row = 0; row < job.rows; row += group) {
+    const int64_t row_end = std::min(row + group, job.rows);
+    int64_t column = first;
+    for (; column + 4 <= last; column += 4) {
+      rows_times<V, V::kRows, 4>(x, row, row_end, k, weight + column * k, job.y + column,
+                                 job.y_stride);
+    }
+    for (; column < last; ++column) {
+      rows_times<V, 1, 1>(x, row, row_end, k, weight + column * k, job.y + column, job.y_stride);
+    }
+  }
+}
+
+template <class V>
+constexpr LinearKernel make_kernel(const char* name) {
+  return {name, 1, 8, packed_bytes_vector<V>, pack_vector<V>, compute_vector<V>};
+}
+
+}  // namespace
+}  // namespace kvarn::cpu
