@@ -20,7 +20,8 @@ std::string wrap(const std::string& text, size_t indent, size_t width) {
   bool first = true;
   while (words >> word) {
     if (!first && column + 1 + word.size() > width) {
-      out += "\n" + std::string(indent, ' ');
+      out += '\n';
+      out.append(indent, ' ');
       column = indent;
       first = true;
     }
@@ -50,9 +51,12 @@ std::string flag_text(const Setting& setting) {
 }
 
 void append_flag(std::string& out, const std::string& flag, const std::string& text, size_t width) {
-  std::string line = "  " + flag;
-  line += line.size() + 1 < kTextColumn ? std::string(kTextColumn - line.size(), ' ')
-                                        : "\n" + std::string(kTextColumn, ' ');
+  std::string line = fmt::format("  {}", flag);
+  if (line.size() + 1 >= kTextColumn) {
+    out += line + '\n';
+    line.clear();
+  }
+  line.resize(kTextColumn, ' ');
   out += line + wrap(text, kTextColumn, width) + "\n";
 }
 
@@ -82,13 +86,12 @@ std::string format_help(const CommandSpec& command, const Settings& settings, si
   append_flag(out, "--config FILE", "settings as a JSON object, such as {\"max-num-seqs\": 64}",
               width);
   append_flag(out, "--help", "this page", width);
-  out += "\n" +
-         wrap(
-             "Every flag is also a key of the --config file and a variable: --max-num-seqs is "
-             "\"max-num-seqs\" and KVARN_MAX_NUM_SEQS. A flag wins over a variable, a variable "
-             "over the file, the file over the default in [brackets].",
-             0, width) +
-         "\n";
+  out += fmt::format(
+      "\n{}\n",
+      wrap("Every flag is also a key of the --config file and a variable: --max-num-seqs is "
+           "\"max-num-seqs\" and KVARN_MAX_NUM_SEQS. A flag wins over a variable, a variable "
+           "over the file, the file over the default in [brackets].",
+           0, width));
   return out;
 }
 

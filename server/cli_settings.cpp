@@ -146,8 +146,10 @@ std::string nearest_match(std::string_view text, std::span<const std::string> ca
   size_t best_distance = std::max<size_t>(2, text.size() / 3) + 1;  // a third of it may be wrong
   for (const std::string& candidate : candidates) {
     size_t distance = edit_distance(text, candidate);
-    // A name cut short ("--max-model") is nearer than its edit distance says.
-    if (text.size() >= 4 && candidate.starts_with(text)) distance = std::min<size_t>(distance, 1);
+    // A part of a name ("max-model", "prefix-caching") is nearer than its edit distance says.
+    if (text.size() >= 4 && candidate.find(text) != std::string::npos) {
+      distance = std::min<size_t>(distance, 2);
+    }
     if (distance < best_distance) {
       best = candidate;
       best_distance = distance;

@@ -37,13 +37,14 @@ bool is_setting_of_any_command(std::string_view name) {
 }
 
 std::string did_you_mean(const Settings& settings, std::string_view name) {
+  const bool negated = name.starts_with("no-");
   std::vector<std::string> names = {"config", "help"};
+  if (negated) names.clear();
   for (const Setting& setting : settings.all()) {
-    names.push_back(setting.name);
-    if (std::holds_alternative<bool*>(setting.value)) names.push_back("no-" + setting.name);
+    if (!negated || std::holds_alternative<bool*>(setting.value)) names.push_back(setting.name);
   }
-  const std::string nearest = nearest_match(name, names);
-  return nearest.empty() ? "" : nearest;
+  const std::string nearest = nearest_match(negated ? name.substr(3) : name, names);
+  return negated && !nearest.empty() ? fmt::format("no-{}", nearest) : nearest;
 }
 
 Status unknown_argument(const CommandSpec& command, const Settings& settings,
@@ -108,6 +109,11 @@ Result<ParsedFlags> parse_flags(const CommandSpec& command, const Settings& sett
   } catch (const CLI::ParseError& error) {
     return Status::invalid_argument(
         fmt::format("{}; see kvarn {} --help", error.what(), command.name));
+  }
+  for (const Bound& item : bound) {
+    if (item.text == nullptr || !item.text->starts_with("--")) continue;
+    return Status::invalid_argument(fmt::format("--{} needs a value, got the flag {}", item.name,
+                                                std::string_view(*item.text).substr(0, 64)));
   }
   const std::vector<std::string> extras = app.remaining();
   if (!extras.empty()) return unknown_argument(command, settings, extras.front());
