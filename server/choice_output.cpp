@@ -14,12 +14,14 @@ ChoiceOutput::ChoiceOutput(int32_t choice, const Tokenizer& tokenizer, const Out
       stop_checker_(rules.stop, rules.include_stop_string),
       parser_(format, start) {}
 
-void ChoiceOutput::record(const SampledToken& token) {
+void ChoiceOutput::record(const SampledToken& token, bool in_text) {
   ++num_tokens_;
   if (rules_->response.token_ids) ids_.push_back(token.token);
   if (!rules_->response.logprobs) return;
   TokenLogprobs entry;
   entry.token = {token.token, token.logprob, tokenizer_->token_bytes(token.token)};
+  entry.in_text =
+      in_text && !(rules_->response.skip_special_tokens && tokenizer_->is_special(token.token));
   for (const TokenLogprob& top : token.top_logprobs) {
     entry.top.push_back({top.token, top.logprob, tokenizer_->token_bytes(top.token)});
   }
@@ -53,9 +55,9 @@ void ChoiceOutput::push(const TokenEvent& event, std::vector<Delta>& deltas) {
   const int32_t token = event.sampled.token;
   std::optional<size_t> matched;
   if (token >= 0) {
-    record(event.sampled);
     // The token that ends generation is not part of the text unless the client wants to see it.
     const bool ending = event.finish == FinishReason::kStop && !rules_->include_stop_string;
+    record(event.sampled, !ending);
     if (rules_->response.text) {
       matched = push_text(token, ending);
     } else {

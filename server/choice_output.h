@@ -44,7 +44,7 @@ class ChoiceOutput {
   int32_t reasoning_tokens() const { return parser_.reasoning_tokens(); }
 
  private:
-  void record(const SampledToken& token);
+  void record(const SampledToken& token, bool in_text);
   void parse(const std::vector<TextPiece>& pieces);
   std::optional<size_t> push_text(int32_t token, bool silent);
   std::optional<size_t> finish_text();

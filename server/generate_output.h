@@ -19,6 +19,7 @@ struct TokenText {
 };
 struct TokenLogprobs {
   TokenText token;
+  bool in_text = true;  // false: a special or ending token whose characters are left out
   std::vector<TokenText> top;  // most likely first
 };
 
