@@ -1,12 +1,12 @@
 #include "server/grpc_convert.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "server/json_in.h"
 #include "server/json_out.h"
 
 namespace kvarn::grpc_convert {
@@ -23,76 +23,42 @@ Status later_stage(const std::string& path, const std::string& remedy) {
                  fmt::format("'{}' is not supported: set; {}", path, remedy), path);
 }
 
-// JSON inside a string field, with the members in the client's order.
-Result<SharedJson> parse_json_field(const std::string& text, const std::string& path,
-                                    Json::value_t type, int max_depth) {
-  bool too_deep = false;
-  const auto depth_guard = [&](int depth, Json::parse_event_t, Json&) {
-    too_deep |= depth > max_depth;
-    return !too_deep;  // what is deeper is dropped, and the whole refused below
-  };
-  Json value;
-  try {
-    value = Json::parse(text, depth_guard);
-  } catch (const Json::parse_error& error) {
-    return invalid("invalid_json",
-                   fmt::format("'{}' is not JSON: error at byte {}", path, error.byte), path);
-  } catch (const Json::exception&) {
-    return invalid("invalid_json", fmt::format("'{}' is not JSON: a number is out of range", path),
-                   path);
+// An object inside a string field, with the members in the client's order.
+Result<SharedJson> parse_object(const std::string& text, const std::string& path, int max_depth) {
+  Result<Json> value = parse_json(text, max_depth);
+  if (!value.is_ok()) {
+    const Status& error = value.status();
+    return Status(error.code(), error.reason(), fmt::format("'{}': {}", path, error.message()),
+                  path);
   }
-  if (too_deep) {
-    return invalid("json_too_deep",
-                   fmt::format("'{}' is nested deeper than {} levels", path, max_depth), path);
+  if (!value->is_object()) {
+    return invalid("invalid_type",
+                   fmt::format("'{}' must be object, got {}", path, json_type(*value)), path);
   }
-  if (value.type() != type) {
-    return invalid(
-        "invalid_type",
-        fmt::format("'{}' must be {}, got {}", path,
-                    type == Json::value_t::object ? "object" : "array", value.type_name()),
-        path);
-  }
-  return SharedJson(std::make_shared<const Json>(std::move(value)));
+  return SharedJson(std::make_shared<const Json>(std::move(value).value()));
 }
 
 // The double that a reader of the float's shortest decimal form would get, so that 0.1f is 0.1 in
-// messages, as it is over HTTP.
-Result<double> to_double(float value, const char* path) {
-  if (!std::isfinite(value)) {
-    return invalid("invalid_value",
-                   fmt::format("'{}' must be a finite number, got {}", path, value), path);
-  }
-  return std::strtod(fmt::format("{}", value).c_str(), nullptr);
-}
+// messages, as it is over HTTP. NaN and infinity pass; validate() refuses them.
+double to_double(float value) { return std::strtod(fmt::format("{}", value).c_str(), nullptr); }
 
-Status read_sampling(const v1::SamplingParams& proto, SamplingOptions& out) {
-  const auto set = [](bool present, float value, const char* path,
-                      std::optional<double>& field) -> Status {
-    if (!present) return Status::ok();
-    KVARN_ASSIGN_OR_RETURN(field, to_double(value, path));
-    return Status::ok();
-  };
-  const ParamNames& names = kGrpcParams;
-  KVARN_RETURN_IF_ERROR(
-      set(proto.has_temperature(), proto.temperature(), names.temperature, out.temperature));
-  KVARN_RETURN_IF_ERROR(set(proto.has_top_p(), proto.top_p(), names.top_p, out.top_p));
-  KVARN_RETURN_IF_ERROR(set(proto.has_min_p(), proto.min_p(), names.min_p, out.min_p));
-  KVARN_RETURN_IF_ERROR(set(proto.has_repetition_penalty(), proto.repetition_penalty(),
-                            names.repetition_penalty, out.repetition_penalty));
-  KVARN_RETURN_IF_ERROR(set(proto.presence_penalty() != 0, proto.presence_penalty(),
-                            names.presence_penalty, out.presence_penalty));
-  KVARN_RETURN_IF_ERROR(set(proto.frequency_penalty() != 0, proto.frequency_penalty(),
-                            names.frequency_penalty, out.frequency_penalty));
+void read_sampling(const v1::SamplingParams& proto, SamplingOptions& out) {
+  if (proto.has_temperature()) out.temperature = to_double(proto.temperature());
+  if (proto.has_top_p()) out.top_p = to_double(proto.top_p());
   if (proto.has_top_k()) out.top_k = proto.top_k();
+  if (proto.has_min_p()) out.min_p = to_double(proto.min_p());
+  if (proto.has_repetition_penalty()) {
+    out.repetition_penalty = to_double(proto.repetition_penalty());
+  }
+  if (proto.presence_penalty() != 0) out.presence_penalty = to_double(proto.presence_penalty());
+  if (proto.frequency_penalty() != 0) out.frequency_penalty = to_double(proto.frequency_penalty());
+  for (const auto& [token, bias] : proto.logit_bias()) {
+    out.logit_bias.emplace_back(token, to_double(bias));
+  }
+  // A protobuf map has no order; errors must not depend on its hash.
+  std::sort(out.logit_bias.begin(), out.logit_bias.end());
   if (proto.has_seed()) out.seed = proto.seed();
   if (proto.n() != 0) out.n = proto.n();
-  for (const auto& [token, bias] : proto.logit_bias()) {
-    KVARN_ASSIGN_OR_RETURN(const double value, to_double(bias, names.logit_bias));
-    out.logit_bias.emplace_back(token, value);
-  }
-  // A protobuf map has no order; errors and sampling must not depend on its hash.
-  std::sort(out.logit_bias.begin(), out.logit_bias.end());
-  return Status::ok();
 }
 
 void read_stopping(const v1::StoppingCriteria& proto, StoppingOptions& out) {
@@ -208,8 +174,8 @@ Result<ChatPrompt> to_chat(const v1::ChatPrompt& proto, int max_json_depth) {
     for (int i = 0; i < proto.tools_json_size(); ++i) {
       KVARN_ASSIGN_OR_RETURN(
           const SharedJson tool,
-          parse_json_field(proto.tools_json(i), fmt::format("{}[{}]", kGrpcParams.tools, i),
-                           Json::value_t::object, max_json_depth));
+          parse_object(proto.tools_json(i), fmt::format("{}[{}]", kGrpcParams.tools, i),
+                       max_json_depth));
       tools.push_back(*tool);
     }
     chat.tools = std::make_shared<const Json>(std::move(tools));
@@ -221,8 +187,7 @@ Result<ChatPrompt> to_chat(const v1::ChatPrompt& proto, int max_json_depth) {
   if (!proto.template_kwargs_json().empty()) {
     KVARN_ASSIGN_OR_RETURN(
         chat.template_kwargs,
-        parse_json_field(proto.template_kwargs_json(), kGrpcParams.template_kwargs,
-                         Json::value_t::object, max_json_depth));
+        parse_object(proto.template_kwargs_json(), kGrpcParams.template_kwargs, max_json_depth));
   }
   if (proto.has_add_generation_prompt()) {
     chat.add_generation_prompt = proto.add_generation_prompt();
@@ -257,7 +222,7 @@ Result<GenerateRequest> to_request(const v1::GenerateRequest& proto, int max_jso
   if (proto.has_structured_output()) {
     return later_stage("structured_output", "leave it unset and ask for the format in the prompt");
   }
-  KVARN_RETURN_IF_ERROR(read_sampling(proto.sampling(), request.sampling));
+  read_sampling(proto.sampling(), request.sampling);
   read_stopping(proto.stopping(), request.stopping);
   read_response(proto.response(), request.response);
   if (!proto.cache().salt().empty()) request.cache.salt = proto.cache().salt();
