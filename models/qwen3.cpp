@@ -45,7 +45,8 @@ Tensor Qwen3::gather(const StepContext& step, Tensor x) const {
   return kept;
 }
 
-// Mirrors forward(): what lives for the whole step, and the larger of attention and MLP.
+// Mirrors forward(): what lives for the whole step, and the larger of an attention and the last MLP
+// with the gathered rows that it works on.
 size_t Qwen3::workspace_bytes(int max_rows, int max_logit_rows) const {
   const size_t act = dtype_bytes(backend_.activation_dtype());
   const size_t q_bytes = act == 4 ? 4 : 2, kv_bytes = dtype_bytes(DType::kF16);
@@ -60,7 +61,7 @@ size_t Qwen3::workspace_bytes(int max_rows, int max_logit_rows) const {
       size(rows, q + 2 * kv, act) + size(rows, q, q_bytes) + 2 * size(rows, kv, kv_bytes);
   const size_t mlp = size(rows, 2 * ffn, act) + size(rows, ffn, act);
   const size_t gathered = size(max_logit_rows, hidden, act) + size(max_logit_rows, q, act);
-  return step + std::max(attention, mlp) + gathered;
+  return step + std::max(attention, gathered + mlp);
 }
 
 Result<std::unique_ptr<Model>> Qwen3::create(const ModelConfig& config,

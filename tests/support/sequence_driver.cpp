@@ -1,26 +1,23 @@
 #include "tests/support/sequence_driver.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace kvarn::test {
-namespace {
-
-int64_t pages_for(const KvLayout& layout, int max_tokens) {
-  return int64_t{max_tokens / kBlockTokens + 1} * layout.pages_per_exact_block + 1;
-}
-
-}  // namespace
-
 SequenceDriver::SequenceDriver(Model& model, Backend& backend, KvFormat format, int max_tokens,
                                int max_rows)
     : model_(model),
-      pool_(backend, make_kv_layout(format, model.config().head_dim), model.config().num_layers,
-            model.config().num_kv_heads,
-            pages_for(make_kv_layout(format, model.config().head_dim), max_tokens)),
+      layout_(make_kv_layout(format, model.config().head_dim)),
       arena_(backend.allocate(model.workspace_bytes(max_rows, max_rows))) {
-  for (int64_t page = 0; page < pool_.num_pages(); ++page) {
-    free_.push_back(static_cast<int32_t>(page));
+  const ModelConfig& config = model.config();
+  const int64_t pages = int64_t{max_tokens / kBlockTokens + 1} * layout_.pages_per_exact_block + 1;
+  const auto layer_bytes = static_cast<size_t>(pages * config.num_kv_heads * layout_.page_bytes);
+  pool_ = backend.allocate(layer_bytes * static_cast<size_t>(config.num_layers));
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    layers_.push_back({pool_.data() + static_cast<size_t>(layer) * layer_bytes, pages,
+                       config.num_kv_heads, layout_});
   }
+  for (int64_t page = 0; page < pages; ++page) free_.push_back(static_cast<int32_t>(page));
 }
 
 int32_t SequenceDriver::take_page() {
@@ -32,7 +29,7 @@ int32_t SequenceDriver::take_page() {
 
 // The slot of a row that stays exact; takes the block's next page when this row opens it.
 int64_t SequenceDriver::exact_slot(int position) {
-  const int rows = pool_.layout().exact_rows;
+  const int rows = layout_.exact_rows;
   Block& block = blocks_[static_cast<size_t>(position / kBlockTokens)];
   const int row = position % kBlockTokens;
   if (row % rows == 0) block.pages.push_back(take_page());
@@ -43,7 +40,7 @@ int64_t SequenceDriver::exact_slot(int position) {
 // for this very step.
 void SequenceDriver::encode_full_block(Step& step) {
   const int block_index = length_ / kBlockTokens - 1;
-  if (!pool_.layout().coded() || length_ % kBlockTokens != 0 || block_index < kSinkBlocks) return;
+  if (!layout_.coded() || length_ % kBlockTokens != 0 || block_index < kSinkBlocks) return;
   Block& block = blocks_[static_cast<size_t>(block_index)];
   if (block.coded) return;
   EncodeTile tile{.first_row = -1, .source_pages = {}, .target_page = take_page()};
@@ -63,8 +60,8 @@ std::vector<float> SequenceDriver::prefill(std::span<const int32_t> tokens) {
     const int block_index = position / kBlockTokens;
     if (position % kBlockTokens == 0) {
       Block& block = blocks_.emplace_back();
-      block.coded = pool_.layout().coded() && block_index >= kSinkBlocks &&
-                    kBlockTokens * (block_index + 1) <= end;
+      block.coded =
+          layout_.coded() && block_index >= kSinkBlocks && kBlockTokens * (block_index + 1) <= end;
       if (block.coded) {
         block.pages = {take_page()};
         EncodeTile tile{
@@ -109,8 +106,10 @@ std::vector<float> SequenceDriver::run(std::span<const int32_t> tokens, const St
   const AttentionSequence sequence{
       .first_row = 0, .num_rows = rows, .first_position = length_, .first_block = 0};
   std::vector<int32_t> logit_rows(tokens.size());
-  for (int32_t row = 0; row < rows; ++row) logit_rows[static_cast<size_t>(row)] = row;
-  std::vector<float> logits(tokens.size() * static_cast<size_t>(model_.config().vocab_size));
+  std::iota(logit_rows.begin(), logit_rows.end(), 0);
+  if (logit_rows_) logit_rows = *logit_rows_;
+  const auto num_logits = static_cast<int64_t>(logit_rows.size());
+  std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
   arena_.reset();
   model_.forward({.token_ids = tokens,
                   .positions = step.positions,
@@ -123,8 +122,8 @@ std::vector<float> SequenceDriver::run(std::span<const int32_t> tokens, const St
                   .logit_rows = logit_rows,
                   .rule = ReadingRule::kPosition,
                   .progress = nullptr},
-                 pool_.view(), arena_,
-                 Tensor::of(logits.data(), {rows, model_.config().vocab_size}));
+                 {layers_, layout_}, arena_,
+                 Tensor::of(logits.data(), {num_logits, model_.config().vocab_size}));
   length_ += rows;
   tiles_encoded_ += static_cast<int64_t>(step.encode_before.size() + step.encode_in_layer.size());
   return logits;

@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
-#include "engine/kv_pool.h"
+#include "kernels/backend.h"
 #include "kernels/core/arena.h"
 #include "models/model.h"
 
@@ -24,6 +26,9 @@ class SequenceDriver {
   std::vector<float> decode(int32_t token);
   // A whole prompt in chunks of `chunk` tokens (a multiple of 128; the last may be shorter).
   std::vector<float> prefill_in_chunks(std::span<const int32_t> tokens, int chunk);
+
+  // From now on steps return the logits of these rows only (ascending; of the step's rows).
+  void want_logits_of(std::vector<int32_t> rows) { logit_rows_ = std::move(rows); }
 
   int length() const { return length_; }
   int64_t tiles_encoded() const { return tiles_encoded_; }
@@ -45,10 +50,13 @@ class SequenceDriver {
   std::vector<float> run(std::span<const int32_t> tokens, const Step& step, bool is_decode);
 
   Model& model_;
-  KvPool pool_;
+  KvLayout layout_;
+  Buffer pool_;
+  std::vector<KvLayerView> layers_;
   Arena arena_;
   std::vector<int32_t> free_;
   std::vector<Block> blocks_;
+  std::optional<std::vector<int32_t>> logit_rows_;  // unset: of every row
   int length_ = 0;
   int64_t tiles_encoded_ = 0;
 };

@@ -28,21 +28,18 @@ uint64_t mix(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-// Amplitudes that keep activations near 1 through the layers and logits within a few units; q and k
-// gains above 1 make attention choose, so that an error in it shows.
+// Amplitudes that keep activations near 1 through the layers and logits within a few units. The
+// embedding is small, so that what the layers add decides the logits and an error in them shows.
 double amplitude(const std::string& name, const std::vector<int64_t>& shape) {
-  if (name.ends_with("embed_tokens.weight")) return 1.0;
-  if (name == "lm_head.weight") return 0.5;
+  if (name.ends_with("embed_tokens.weight") || name == "lm_head.weight") return 0.5;
   return std::sqrt(3.0 / static_cast<double>(shape.back()));
 }
 
 double element(const std::string& name, const std::vector<int64_t>& shape, uint64_t seed,
                uint64_t index) {
   const uint64_t bits = mix((hash_name(name) ^ seed) + index) >> 40;
-  const double unit = static_cast<double>(bits) * 0x1p-23 - 1.0;  // [-1, 1)
-  if (shape.size() > 1) return unit * amplitude(name, shape);
-  const double gain = 1.0 + 0.25 * unit;
-  return name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight") ? 1.5 * gain : gain;
+  const double unit = static_cast<double>(bits) * 0x1p-23 - 1.0;                // [-1, 1)
+  return shape.size() > 1 ? unit * amplitude(name, shape) : 1.0 + 0.25 * unit;  // norm gains
 }
 
 RawTensor make_tensor(const std::string& name, const std::vector<int64_t>& shape, uint64_t seed,
@@ -84,6 +81,7 @@ TempDir::~TempDir() {
 }
 
 void write_file(const fs::path& path, const std::string& bytes) {
+  fs::remove(path);  // truncating a file makes some file systems flush it: slow in a loop
   std::ofstream out(path, std::ios::binary);
   out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (!out) throw std::runtime_error("cannot write " + path.string());
