@@ -18,8 +18,9 @@ struct TileRows {
   const half* v[kBlockTokens];
 };
 
-// Writes tile.bytes bytes to `record`. Thread-safe.
-void encode_tile(const TileRows& rows, const TileLayout& tile, std::byte* record);
+// Writes tile.bytes bytes to `record`: the same bytes on every instruction set. Thread-safe.
+void encode_tile(const TileRows& rows, const TileLayout& tile, std::byte* record,
+                 CpuIsa isa = best_cpu_isa());
 
 // The inverse up to rounding: k, v [128 tokens][128 channels] f32, rotated frame. Plain loops: used
 // to inspect and to test, never to attend.
