@@ -65,8 +65,8 @@ std::future<StepResult> FakeModelRunner::run(const StepBatch& batch) {
 }
 
 StepResult FakeModelRunner::step(const StepBatch& batch) {
-  if (options_.before_step) options_.before_step(steps_, batch);
-  ++steps_;
+  const int64_t index = steps_++;
+  if (options_.before_step) options_.before_step(index, batch);
   rows_ += batch.num_rows();
   max_rows_ = std::max(max_rows_, batch.num_rows());
   if (batch.num_rows() == 0) ++encode_only_steps_;

@@ -27,9 +27,9 @@ struct FakeRunnerOptions {
   int vocab_size = 1000;
   std::chrono::milliseconds step_time{0};  // above 0: steps run on a thread of their own
   // Called before each step, on the thread that runs it; may throw, sleep or wait.
-  std::function<void(int64_t step, const StepBatch& batch)> before_step;
+  std::function<void(int64_t step, const StepBatch& batch)> before_step = {};
   // Replaces the default rule for the next token.
-  std::function<int32_t(uint64_t prefix_hash, const SamplingRow& row)> next_token;
+  std::function<int32_t(uint64_t prefix_hash, const SamplingRow& row)> next_token = {};
 };
 
 uint64_t fake_prefix_hash(std::span<const int32_t> tokens);
