@@ -88,8 +88,9 @@ const LinearKernel& linear_kernel_avx2(DType dtype) {
     case DType::kF32:
       return kF32;
     default:
-      CHECK(false, "linear weights are bf16, f16 or f32");
+      break;
   }
+  check_failed(__FILE__, __LINE__, "dtype", "linear weights are bf16, f16 or f32");
 }
 
 }  // namespace kvarn::cpu

@@ -64,8 +64,9 @@ const LinearKernel& linear_kernel_scalar(DType dtype) {
     case DType::kF32:
       return kScalarKernel<float>;
     default:
-      CHECK(false, "linear weights are bf16, f16 or f32");
+      break;
   }
+  check_failed(__FILE__, __LINE__, "dtype", "linear weights are bf16, f16 or f32");
 }
 
 #if defined(__x86_64__)
