@@ -98,6 +98,9 @@ struct GenerateRequest {
   ResponseOptions response;
   CacheOptions cache;
   int64_t priority = 0;  // a later stage unless 0
+  // The answer is sent while it is made: its outbox is bounded by --outbox-bytes. Else the door
+  // folds items as they come and there is no reader to be slow.
+  bool streamed = true;
   // Of the client (X-Request-Timeout, gRPC deadline); the service applies --max-request-seconds
   // too.
   std::optional<std::chrono::steady_clock::time_point> deadline;

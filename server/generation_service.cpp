@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <random>
 #include <utility>
@@ -273,7 +274,7 @@ Result<Generation> GenerationService::generate(GenerateRequest request) {
   generation.id = fmt::format("{}{:016x}", request.id_prefix,
                               mix(generation.engine_ids.front() ^ impl.id_salt));
   const std::vector<std::shared_ptr<EventSink>> sinks =
-      impl.workers.open(std::move(plans), generation.stream, accepted_at,
+      impl.workers.open(std::move(plans), generation.id, generation.stream, accepted_at,
                         impl.log_at_end(generation, request, accepted_at));
   for (size_t i = 0; i < engine_requests.size(); ++i) {
     engine_requests[i].sink = sinks[i];

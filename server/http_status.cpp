@@ -60,6 +60,21 @@ std::string error_body(const Status& status) {
   return dump_json(nlohmann::ordered_json{{"error", std::move(error)}});
 }
 
+Status public_error(const Status& status, const std::string& request_id) {
+  const std::string& reason = status.reason();
+  std::string text;
+  if (status.code() == StatusCode::kInternal) {
+    text = reason == "engine_error" ? "the engine failed in a step" : "an internal error occurred";
+  } else if (reason == "engine_unavailable") {
+    text = "the engine is not available";
+  } else if (reason == "server_shutdown") {
+    text = "the server shut down before the request was complete";
+  } else {
+    return status;
+  }
+  return {status.code(), reason, text + "; request " + request_id, status.param()};
+}
+
 bool wants_retry_after(const Status& status) {
   if (status.code() == StatusCode::kResourceExhausted) return true;
   const std::string& reason = status.reason();

@@ -23,7 +23,7 @@ std::string shown_json(const ordered_json& value) {
 }
 
 void read_stream(FieldReader& fields, OpenAiRequest& request) {
-  request.stream = fields.boolean("stream").value_or(false);
+  request.stream = request.generate.streamed = fields.boolean("stream").value_or(false);
   const ordered_json* options = fields.object("stream_options");
   if (options == nullptr) return;
   if (!request.stream) {

@@ -9,6 +9,7 @@
 
 #include "kernels/core/check.h"
 #include "server/choice_output.h"
+#include "server/http_status.h"
 #include "server/metrics.h"
 
 namespace kvarn {
@@ -84,6 +85,7 @@ struct PromptOutput {
 
 // All prompts of one request. Touched by its worker only, after open().
 struct Generating : std::enable_shared_from_this<Generating> {
+  std::string response_id;
   std::shared_ptr<TokenStream> stream;
   std::shared_ptr<Inbox> inbox;
   Clock::time_point accepted_at;
@@ -123,6 +125,7 @@ class OutputWorkers::Impl {
   }
 
   std::vector<std::shared_ptr<EventSink>> open(std::vector<OutputPlan> plans,
+                                               std::string response_id,
                                                std::shared_ptr<TokenStream> stream,
                                                Clock::time_point accepted_at,
                                                std::function<void(const Status&)> on_end);
@@ -160,17 +163,19 @@ OutputWorkers::OutputWorkers(int threads, const Tokenizer& tokenizer, const Outp
 OutputWorkers::~OutputWorkers() = default;
 
 std::vector<std::shared_ptr<EventSink>> OutputWorkers::open(
-    std::vector<OutputPlan> plans, std::shared_ptr<TokenStream> stream,
+    std::vector<OutputPlan> plans, std::string response_id, std::shared_ptr<TokenStream> stream,
     Clock::time_point accepted_at, std::function<void(const Status&)> on_end) {
-  return impl_->open(std::move(plans), std::move(stream), accepted_at, std::move(on_end));
+  return impl_->open(std::move(plans), std::move(response_id), std::move(stream), accepted_at,
+                     std::move(on_end));
 }
 void OutputWorkers::fail_all(const Status& why) { impl_->fail_all(why); }
 size_t OutputWorkers::active() const { return impl_->active(); }
 
 std::vector<std::shared_ptr<EventSink>> OutputWorkers::Impl::open(
-    std::vector<OutputPlan> plans, std::shared_ptr<TokenStream> stream,
+    std::vector<OutputPlan> plans, std::string response_id, std::shared_ptr<TokenStream> stream,
     Clock::time_point accepted_at, std::function<void(const Status&)> on_end) {
   auto generation = std::make_shared<Generating>();
+  generation->response_id = std::move(response_id);
   generation->stream = std::move(stream);
   generation->inbox = inboxes_[next_.fetch_add(1) % inboxes_.size()];
   generation->accepted_at = accepted_at;
@@ -331,7 +336,7 @@ void OutputWorkers::Impl::close(Generating& generation, const Status& status) {
   // Counted and forgotten first: who sees the end of the stream also sees the gauges without it.
   const std::function<void(const Status&)> on_end = std::move(generation.on_end);
   if (on_end) on_end(status);
-  generation.stream->end({status, generation.usage});
+  generation.stream->end({public_error(status, generation.response_id), generation.usage});
 }
 
 }  // namespace kvarn

@@ -47,7 +47,9 @@ class OutputWorkers {
   // One sink per plan, all writing to `stream`, which ends when the last choice of the last plan
   // has, or with the first error (then the others are cancelled). `on_end` runs once on a worker
   // thread, when no further engine event matters, just before the stream ends.
+  // `response_id` is named in errors that are not the client's fault.
   std::vector<std::shared_ptr<EventSink>> open(std::vector<OutputPlan> plans,
+                                               std::string response_id,
                                                std::shared_ptr<TokenStream> stream,
                                                std::chrono::steady_clock::time_point accepted_at,
                                                std::function<void(const Status&)> on_end);

@@ -21,30 +21,39 @@ ServerState::ServerState(ServerConfig server_config, std::vector<std::string> se
       instance_id(random_id()),
       metrics(served_names.front(), config.metrics_compat == "vllm") {}
 
-Result<std::shared_ptr<GenerationService>> ServerState::admit() {
-  const auto refuse = [this](const char* reason, const char* message) {
-    metrics.request_shed(reason);
-    return Status(StatusCode::kUnavailable, reason, message);
-  };
-  switch (health.state()) {
-    case HealthState::kLoading:
-      return refuse("model_loading", "the model is still loading; try again shortly");
-    case HealthState::kDraining:
-      return refuse("server_draining", "the server is shutting down and takes no new requests");
-    case HealthState::kStalled:
-      return Status(StatusCode::kUnavailable, "engine_unavailable",
-                    "the engine makes no progress; the request was not started");
-    case HealthState::kFailed:
-      return Status(StatusCode::kUnavailable, "engine_unavailable",
-                    "the engine has failed; the request was not started");
-    case HealthState::kOk:
-      break;
-  }
+Result<std::shared_ptr<GenerationService>> ServerState::loaded() {
   std::shared_ptr<GenerationService> ready = service();
+  if (health.state() == HealthState::kDraining) {
+    metrics.request_shed("server_draining");
+    return Status(StatusCode::kUnavailable, "server_draining",
+                  "the server is shutting down and takes no new requests");
+  }
   if (ready == nullptr) {
-    return refuse("model_loading", "the model is still loading; try again shortly");
+    if (health.state() == HealthState::kFailed) {
+      return Status(StatusCode::kUnavailable, "engine_unavailable", "the model did not load");
+    }
+    metrics.request_shed("model_loading");
+    return Status(StatusCode::kUnavailable, "model_loading",
+                  "the model is still loading; try again shortly");
   }
   return ready;
+}
+
+Result<std::shared_ptr<GenerationService>> ServerState::admit() {
+  KVARN_ASSIGN_OR_RETURN(std::shared_ptr<GenerationService> ready, loaded());
+  const HealthState now = health.state();
+  if (now == HealthState::kStalled || now == HealthState::kFailed) {
+    return Status(StatusCode::kUnavailable, "engine_unavailable",
+                  "the engine makes no progress or has failed; the request was not started");
+  }
+  return ready;
+}
+
+int ServerState::retry_after_seconds() const {
+  constexpr int kWhileLoading = 2;  // or draining: another instance may be up by then
+  const std::shared_ptr<GenerationService> ready = service();
+  if (ready == nullptr || health.state() != HealthState::kOk) return kWhileLoading;
+  return ready->retry_after_seconds();
 }
 
 EngineStats ServerState::engine_stats() const {

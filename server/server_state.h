@@ -39,7 +39,10 @@ class ServerState {
   // The service, or why new requests are not taken: model_loading, server_draining,
   // engine_unavailable. Both doors ask this before they read a body. Counts a shed request.
   Result<std::shared_ptr<GenerationService>> admit();
+  // As admit(), for what needs no engine: refused only while loading and draining.
+  Result<std::shared_ptr<GenerationService>> loaded();
   EngineStats engine_stats() const;  // zeros while loading
+  int retry_after_seconds() const;   // 1..60, for Retry-After
 
  private:
   mutable std::mutex mutex_;

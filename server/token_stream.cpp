@@ -74,6 +74,11 @@ bool TokenStream::ended() const {
   return ended_;
 }
 
+bool TokenStream::aborted() const {
+  const std::lock_guard lock(mutex_);
+  return aborted_;
+}
+
 void TokenStream::account(size_t bytes) {
   if (total_ != nullptr) {
     total_->fetch_add(static_cast<int64_t>(bytes) - static_cast<int64_t>(bytes_),
@@ -155,6 +160,7 @@ void TokenStream::abort(Status why) {
     const std::lock_guard lock(mutex_);
     if (ended_) return;
     ended_ = true;
+    aborted_ = true;
     first_ += items_.size();
     items_.clear();
     sizes_.clear();

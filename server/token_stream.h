@@ -32,7 +32,8 @@ class TokenStream {
   std::optional<StreamItem> try_take();
   // Bytes that wait, by the same estimate as the bound.
   size_t waiting_bytes() const;
-  bool ended() const;  // StreamEnd was pushed (it may still wait)
+  bool ended() const;    // StreamEnd was pushed (it may still wait)
+  bool aborted() const;  // ended by abort() or over the bound: nothing but the end waits
 
   // Output side. False: the bound was exceeded now; the stream has ended with "slow_reader" and the
   // caller cancels the request. After the end everything is dropped (true).
@@ -56,7 +57,7 @@ class TokenStream {
   uint64_t first_ = 0;                            // sequence number of items_.front()
   std::unordered_map<int32_t, uint64_t> newest_;  // choice -> its newest waiting delta
   size_t bytes_ = 0;
-  bool ended_ = false;
+  bool ended_ = false, aborted_ = false;
   std::mutex callback_mutex_;  // taken before mutex_, held while the callback runs
   std::function<void()> ready_;
 };
