@@ -70,15 +70,22 @@ void Scheduler::encode_complete_blocks(Sequence& s, int32_t num_blocks, StepPlan
 }
 
 void Scheduler::plan_prefills(StepPlan& plan, TimePoint now) {
-  while (Sequence* const s = next_prefill(plan)) {
-    // Strictly in order: whoever does not fit is not overtaken, else a long prompt would starve.
-    if (s->state == SequenceState::kWaiting && !try_admit(*s, plan, now)) return;
+  // After a preemption nobody is let in who would take the pages right away.
+  bool may_admit = plan.preempted.empty() || running_.empty();
+  while (Sequence* const s =
+             next_prefill(plan, may_admit && num_running() < limits_.max_num_seqs)) {
+    if (s->state == SequenceState::kWaiting && !try_admit(*s, plan, now)) {
+      // Whoever does not fit is not overtaken in the queue, else a long prompt would starve. Those
+      // that have begun go on: they hold the pages that it waits for.
+      may_admit = false;
+      continue;
+    }
     if (!try_plan_chunk(*s, plan)) return;
   }
 }
 
 // By priority, then in turn between tenants, then by arrival. A sequence gets one chunk a step.
-Sequence* Scheduler::next_prefill(const StepPlan& plan) {
+Sequence* Scheduler::next_prefill(const StepPlan& plan, bool may_admit) {
   Sequence* best = nullptr;
   uint64_t best_turn = 0;
   const bool one_tenant = tenant_requests_.size() <= 1;
@@ -100,9 +107,6 @@ Sequence* Scheduler::next_prefill(const StepPlan& plan) {
   for (Sequence* s : running_) {
     if (!consider(s)) break;
   }
-  // After a preemption nobody is let in who would take the pages right away.
-  const bool may_admit =
-      num_running() < limits_.max_num_seqs && (plan.preempted.empty() || running_.empty());
   if (!may_admit) return best;
   for (Sequence* s : waiting_) {
     if (!consider(s)) break;

@@ -278,6 +278,22 @@ TEST(SchedulerTest, ALongPromptThatMustWaitIsNotOvertaken) {
   driver.run_all();
 }
 
+TEST(SchedulerTest, AnUrgentRequestThatDoesNotFitDoesNotStopAPrefillThatHasBegun) {
+  EngineConfig config = with_budget(136, 8);
+  config.scheduling_policy = "priority";
+  CoreDriver driver({.num_pages = 20}, config);
+  const auto begun = driver.add(make_prompt(1200, 1), 3);
+  ASSERT_TRUE(driver.step());
+  auto request = driver.request(make_prompt(1200, 2), 3);
+  request.priority = -1;
+  const auto urgent = driver.add(request);
+  ASSERT_TRUE(driver.step());
+  EXPECT_EQ(driver.sequence(begun.id)->num_computed, 256);
+  driver.run_all();
+  driver.expect_true_tokens(begun, 3);
+  driver.expect_true_tokens(urgent, 3);
+}
+
 TEST(SchedulerTest, TheLongestSequenceThatThePoolHoldsRunsAloneToItsEnd) {
   for (const KvFormat format : {KvFormat::kFp16, KvFormat::kKvarnK4V2, KvFormat::kKvarnK4V4}) {
     for (const int64_t pages : {2, 7, 11, 12, 15, 16, 17}) {
