@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/core/status.h"
+
 namespace kvarn {
 
 // `generation_config.json` of the model, or the API's defaults where it has none ("gc" of the
@@ -67,5 +69,28 @@ struct ModelInfo {
     return false;
   }
 };
+
+struct EngineConfig;
+struct LoadedEngine;
+struct ServerConfig;
+class ChatTemplate;
+class Tokenizer;
+
+// --served-model-name, else the directory's name, else the shape's. Never empty.
+std::vector<std::string> served_model_names(const EngineConfig& config);
+// Reads generation_config.json and tokenizer_config.json beside the weights. Errors name the file,
+// the key and what is allowed. `chat_template` may be null.
+Result<ModelInfo> make_model_info(const EngineConfig& engine_config,
+                                  const ServerConfig& server_config, const LoadedEngine& loaded,
+                                  const Tokenizer& tokenizer, const ChatTemplate* chat_template);
+
+// One source of sampling defaults and EOS ids: the text of a generation_config.json. `origin` is
+// its name in errors. Members that mean nothing here are ignored.
+struct GenerationConfig {
+  SamplingDefaults sampling;
+  std::vector<int32_t> eos_token_ids;
+};
+Result<GenerationConfig> parse_generation_config(const std::string& json,
+                                                 const std::string& origin);
 
 }  // namespace kvarn
