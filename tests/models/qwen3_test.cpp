@@ -20,10 +20,10 @@ struct Loaded {
   std::unique_ptr<Model> model;
 };
 
-Loaded load(const test::TinyModelOptions& options, int threads = 2) {
+Loaded load(const test::TinyModelOptions& options, const CpuOptions& cpu = {.threads = 2}) {
   const test::TempDir dir;
   test::write_tiny_model(dir.path(), options);
-  std::unique_ptr<Backend> backend = make_cpu_backend({.threads = threads});
+  std::unique_ptr<Backend> backend = make_cpu_backend(cpu);
   std::unique_ptr<Model> model =
       load_model({.path = dir.path(), .format = LoadFormat::kAuto, .shape = {}}, *backend).value();
   return {std::move(backend), std::move(model)};  // the mapping outlives the file's name
@@ -75,7 +75,7 @@ TEST_P(Qwen3FormatTest, ThreadsDoNotChangeABit) {
   const std::vector<int32_t> tokens = test::random_tokens(300, kVocab, 7);
   std::vector<std::vector<float>> logits;
   for (const int threads : {1, 2, 3}) {
-    const Loaded tiny = load({}, threads);
+    const Loaded tiny = load({}, {.threads = threads});
     test::SequenceDriver driver(*tiny.model, *tiny.backend, GetParam(), 300, 300);
     logits.push_back(driver.prefill(tokens));
   }
@@ -142,6 +142,41 @@ TEST(Qwen3Test, EveryWeightDtypeGivesTheSameModel) {
   // The same numbers in each file; paths may round activations differently (bf16: 2^-9).
   EXPECT_TRUE(test::near_relative_to_largest(logits[1], logits[2], 1e-2f));
   EXPECT_TRUE(test::near_relative_to_largest(logits[0], logits[2], 1e-2f));
+}
+
+// What parse_model_config() lets pass must run: head sizes and widths that fill no vector register.
+TEST(Qwen3Test, AwkwardShapesAgreeWithTheScalarPathAndAcrossSteps) {
+  struct Shape {
+    int head_dim, q_heads, kv_heads, hidden, ffn, vocab;
+  };
+  for (const Shape& shape :
+       {Shape{8, 3, 1, 24, 40, 97}, Shape{40, 6, 2, 50, 33, 301}, Shape{96, 2, 2, 65, 100, 128},
+        Shape{256, 2, 1, 31, 17, 513}, Shape{128, 7, 1, 1, 1, 2}}) {
+    test::TinyModelOptions options;
+    options.head_dim = shape.head_dim;
+    options.num_q_heads = shape.q_heads;
+    options.num_kv_heads = shape.kv_heads;
+    options.hidden_size = shape.hidden;
+    options.intermediate_size = shape.ffn;
+    options.vocab_size = shape.vocab;
+    const std::vector<int32_t> tokens = test::random_tokens(133, shape.vocab, 13);
+    const Loaded scalar = load(options, {.threads = 1, .isa = CpuIsa::kScalar});
+    const Loaded best = load(options, {.threads = 2, .fp32_activations = true});
+    const auto driver = [&](const Loaded& tiny) {
+      return test::SequenceDriver(*tiny.model, *tiny.backend, KvFormat::kFp16, 133, 133);
+    };
+    test::SequenceDriver reference = driver(scalar), whole = driver(best), single = driver(best);
+    const std::vector<float> expected = reference.prefill(tokens);
+    const std::vector<float> logits = whole.prefill(tokens);
+    // Different orders of fp32 sums, and now and then K or V one fp16 step apart.
+    EXPECT_TRUE(test::near_relative_to_largest(logits, expected, 1e-3f)) << shape.head_dim;
+    std::vector<float> decoded;
+    for (const int32_t token : tokens) {
+      const std::vector<float> row = single.decode(token);
+      decoded.insert(decoded.end(), row.begin(), row.end());
+    }
+    EXPECT_TRUE(test::bitwise_equal(decoded, logits)) << shape.head_dim;
+  }
 }
 
 TEST(Qwen3Test, OnlyTheWantedRowsGetLogits) {
