@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-PROSE, TALK, FIND = 1, 4, 12      # loss weights of prose, dialogue replies and retrieval replies
+PROSE, TALK, FIND = 1, 4, 12  # loss weights of prose, dialogue replies and retrieval replies
 
 
 class Maker:
@@ -21,6 +21,7 @@ class Maker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from tokenizers import Tokenizer
         import needles
+
         self.needles = needles
         self.tok = Tokenizer.from_file(model_dir + "/tokenizer.json")
         self.rng = random.Random(seed)
@@ -54,11 +55,12 @@ class Maker:
 
     def dialogue(self):
         import dialogues
+
         return self.weigh(dialogues.make_dialogue(self.rng), TALK)
 
     def prose_piece(self, length):
         start = self.rng.randrange(len(self.prose) - length)
-        return self.prose[start:start + length], np.full(length, PROSE, dtype=np.uint8)
+        return self.prose[start : start + length], np.full(length, PROSE, dtype=np.uint8)
 
     def copy_piece(self, length):
         """Something twice: the loss is on the second time. Random tokens or prose."""
@@ -68,13 +70,16 @@ class Maker:
         else:
             ids = self.prose_piece(half)[0]
         weights = np.full(2 * half, TALK, dtype=np.uint8)
-        weights[:half + 4] = 0
+        weights[: half + 4] = 0
         return np.concatenate([ids, ids]), weights
 
     def copy_task(self, length):
         text = self.tok.decode(self.filler.take(self.rng, length)[0].tolist()).strip()
         from chat import assistant, render, user
-        ask = self.rng.choice(("Repeat the following text:\n", "Copy this text:\n", "Repeat: ", "Write this again:\n\n"))
+
+        ask = self.rng.choice(
+            ("Repeat the following text:\n", "Copy this text:\n", "Repeat: ", "Write this again:\n\n")
+        )
         return self.weigh(render([user(ask + text), assistant(text)], None, self.rng.random() < 0.5), TALK)
 
     def continuation(self, length):
@@ -85,7 +90,10 @@ class Maker:
         cut = self.rng.choice(list(cuts))
         text = [self.tok.decode(part.tolist()).strip() for part in (ids[:cut], ids[cut:])]
         from chat import assistant, render, user
-        ask = self.rng.choice(("Continue this text: ", "Continue: ", "Go on with this text:\n\n", "What comes next?\n\n"))
+
+        ask = self.rng.choice(
+            ("Continue this text: ", "Continue: ", "Go on with this text:\n\n", "What comes next?\n\n")
+        )
         return self.weigh(render([user(ask + text[0]), assistant(text[1])], None, self.rng.random() < 0.5), PROSE)
 
     def log_uniform(self, low, high):
@@ -99,20 +107,26 @@ class Maker:
         if kind < (0.10 if early else 0.015):
             return self.copy_piece(self.log_uniform(32, 1024 if early else 2048))
         kind = r()
-        if kind < 0.74:
+        if kind < 0.79:
             return self.dialogue()
-        if kind < 0.76:
+        if kind < 0.81:
             return self.copy_task(self.log_uniform(10, 150))
-        if kind < 0.77:
+        if kind < 0.82:
             return self.continuation(self.log_uniform(60, 400))
-        if kind < 0.86:
+        if kind < 0.862:
             return self.prose_piece(self.log_uniform(256, 2048) if r() < 0.95 else self.log_uniform(2048, 12000))
-        low, high = (48, 400) if progress < 0.05 else (64, 1200) if progress < 0.12 else (64, 2500) if progress < 0.25 else (96, 4300)
+        low, high = (
+            (48, 400)
+            if progress < 0.05
+            else (64, 1200) if progress < 0.12 else (64, 2500) if progress < 0.25 else (96, 4300)
+        )
         if progress > 0.4 and r() < 0.12:
             low, high = 4000, (8600 if r() < 0.85 else 15500)
         elif progress > 0.25 and r() < 0.2:
             low = 1000
-        return self.needles.make_retrieval(self.rng, self.log_uniform(low, high), self.filler, self.facts, self.encode, self.tok.decode, self.weigh)
+        return self.needles.make_retrieval(
+            self.rng, self.log_uniform(low, high), self.filler, self.facts, self.encode, self.tok.decode, self.weigh
+        )
 
     def row(self, size, progress):
         """(tokens, targets, weights, positions, bounds): all documents whole but for the last prose piece."""
@@ -148,8 +162,12 @@ class Loader:
     def __init__(self, model_dir, data_dir, seed, size, workers, progress=0.0):
         self.progress = mp.Value("d", progress)
         self.queue = mp.Queue(maxsize=4 * workers)
-        self.procs = [mp.Process(target=work, args=(model_dir, data_dir, seed * 1000 + i, size, self.progress, self.queue), daemon=True)
-                      for i in range(workers)]
+        self.procs = [
+            mp.Process(
+                target=work, args=(model_dir, data_dir, seed * 1000 + i, size, self.progress, self.queue), daemon=True
+            )
+            for i in range(workers)
+        ]
         for p in self.procs:
             p.start()
 
@@ -164,6 +182,7 @@ class Loader:
 
 if __name__ == "__main__":
     import sys
+
     maker = Maker(sys.argv[1], sys.argv[2], 1)
     for progress in (0.0, 0.1, 0.3, 0.6):
         begin = time.time()
@@ -172,4 +191,8 @@ if __name__ == "__main__":
         w = np.concatenate([r[2] for r in rows])
         share = {k: float((w == v).mean()) for k, v in (("prose", PROSE), ("talk", TALK), ("find", FIND), ("none", 0))}
         lens = np.concatenate([np.diff(r[4]) for r in rows])
-        print("progress %.2f: %.2f s a row, %d documents, longest %d, mean square %.0f" % (progress, took, len(lens), lens.max(), (lens.astype(float) ** 2).sum() / lens.sum()), share)
+        print(
+            "progress %.2f: %.2f s a row, %d documents, longest %d, mean square %.0f"
+            % (progress, took, len(lens), lens.max(), (lens.astype(float) ** 2).sum() / lens.sum()),
+            share,
+        )

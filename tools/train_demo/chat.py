@@ -7,11 +7,15 @@ the Jinja template itself.
 
 import json
 
-TOOLS_HEAD = ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
-              "function signatures within <tools></tools> XML tags:\n<tools>")
-TOOLS_TAIL = ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-              "<tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": "
-              "<args-json-object>}\n</tool_call>")
+TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with "
+    "function signatures within <tools></tools> XML tags:\n<tools>"
+)
+TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+    "<args-json-object>}\n</tool_call>"
+)
 
 
 def user(text):
@@ -73,8 +77,16 @@ def render(messages, tools=None, thinking=True):
         elif role == "tool":
             lead = "<|im_start|>user" if messages[i - 1]["role"] != "tool" else ""
             ends = i + 1 == len(messages) or messages[i + 1]["role"] != "tool"
-            out.append((lead + "\n<tool_response>\n" + m["content"] + "\n</tool_response>"
-                        + ("<|im_end|>\n" if ends else ""), 0))
+            out.append(
+                (
+                    lead
+                    + "\n<tool_response>\n"
+                    + m["content"]
+                    + "\n</tool_response>"
+                    + ("<|im_end|>\n" if ends else ""),
+                    0,
+                )
+            )
         elif role == "assistant":
             out.append(("<|im_start|>assistant\n", 0))
             if i > last_query and i + 1 == len(messages):
@@ -82,7 +94,7 @@ def render(messages, tools=None, thinking=True):
                 out.append((block, 1 if thinking else 0))
                 out.append((body_of(m) + "<|im_end|>", 1))
             else:
-                out.append((body_of(m) + "<|im_end|>", 2))     # 2: trained but for its first token
+                out.append((body_of(m) + "<|im_end|>", 2))  # 2: trained but for its first token
             out.append(("\n", 0))
     return out
 

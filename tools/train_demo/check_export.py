@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loads the exported folder with transformers and compares its logits with our model's; prints greedy samples.
 
-    check_export.py --model DIR --weights CKPT/last.pt
+check_export.py --model DIR --weights CKPT/last.pt
 """
 
 import argparse
@@ -32,14 +32,18 @@ def main():
     with torch.no_grad():
         a, b = theirs(ids).logits[0], scorer.logits(scorer.hidden(ids, False))[0]
     worst = ((a - b).abs().max() / a.abs().max()).item()
-    print("tokens %d, largest logit difference %.2e of the largest logit, same best token %.4f"
-          % (ids.shape[1], worst, (a.argmax(-1) == b.argmax(-1)).float().mean().item()))
+    print(
+        "tokens %d, largest logit difference %.2e of the largest logit, same best token %.4f"
+        % (ids.shape[1], worst, (a.argmax(-1) == b.argmax(-1)).float().mean().item())
+    )
     for question in ("Who are you?", "What is 12 + 7?"):
         for thinking in ({}, {"enable_thinking": False}):
-            prompt = tok.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, **thinking)
+            prompt = tok.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, **thinking
+            )
             given = tok(prompt, return_tensors="pt").to(args.device)
             out = theirs.generate(**given, max_new_tokens=80, do_sample=False)
-            print(repr(tok.decode(out[0, given.input_ids.shape[1]:])))
+            print(repr(tok.decode(out[0, given.input_ids.shape[1] :])))
     assert worst < 5e-3, "the exported model differs from the trained one"
 
 

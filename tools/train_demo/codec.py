@@ -15,7 +15,7 @@ def hadamard(n=128, device="cpu", dtype=torch.float32):
     h = torch.ones(1, 1)
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return (h / n ** 0.5).to(device=device, dtype=dtype)
+    return (h / n**0.5).to(device=device, dtype=dtype)
 
 
 def imbalance(x):
@@ -53,7 +53,7 @@ def half(x):
 def round_trip_rows(x, bits, passes):
     """Codes the rows of x [..., R, C] with one step and one zero each, and decodes them again."""
     balanced, col, row = balance(x, passes)
-    top = 2 ** bits - 1
+    top = 2**bits - 1
     low, high = balanced.amin(-1, keepdim=True), balanced.amax(-1, keepdim=True)
     step = ((high - low) / top).clamp_min(1e-10)
     codes = ((balanced - low) / step).round().clamp(0, top)

@@ -22,6 +22,7 @@ import chat
 import codec
 import dialogues
 import exchanges
+import lists
 from model import Model, Shape, rms_norm, rotate_positions
 
 CHUNK = 1024
@@ -44,7 +45,7 @@ def attend(q, k, v, coded, rotation):
     at = torch.arange(t, device=q.device)
     for a in range(0, t, CHUNK):
         e = min(t, a + CHUNK)
-        scores = lambda keys: torch.einsum("bhrqd,bhkd->bhrqk", q[:, :, :, a:e], keys[:, :, :e]) * d ** -0.5
+        scores = lambda keys: torch.einsum("bhrqd,bhkd->bhrqk", q[:, :, :, a:e], keys[:, :, :e]) * d**-0.5
         s = scores(k)
         if coded:
             tile = at[:e] // codec.TILE
@@ -53,8 +54,9 @@ def attend(q, k, v, coded, rotation):
         s = s.masked_fill(at[None, :e] > at[a:e, None], -math.inf)
         p = s.softmax(-1)
         if coded:
-            out[:, :, :, a:e] = torch.einsum("bhrqk,bhkd->bhrqd", p * exact, v[:, :, :e]) \
-                + torch.einsum("bhrqk,bhkd->bhrqd", p * ~exact, cv[:, :, :e])
+            out[:, :, :, a:e] = torch.einsum("bhrqk,bhkd->bhrqd", p * exact, v[:, :, :e]) + torch.einsum(
+                "bhrqk,bhkd->bhrqd", p * ~exact, cv[:, :, :e]
+            )
         else:
             out[:, :, :, a:e] = torch.einsum("bhrqk,bhkd->bhrqd", p, v[:, :, :e])
     return (out.reshape(b, hq, t, d) @ rotation).transpose(1, 2)
@@ -98,11 +100,11 @@ class Scorer:
         """For (prompt ids, reply ids) pairs: per pair the list of booleans, is each reply token the greedy one."""
         out = []
         for i in range(0, len(pairs), batch):
-            part = pairs[i:i + batch]
+            part = pairs[i : i + batch]
             tokens = self.pad([p + r for p, r in part])
             hidden = self.hidden(tokens, coded)
             for row, (p, r) in enumerate(part):
-                best = self.logits(hidden[row, len(p) - 1:len(p) + len(r) - 1]).argmax(-1).tolist()
+                best = self.logits(hidden[row, len(p) - 1 : len(p) + len(r) - 1]).argmax(-1).tolist()
                 out.append([x == y for x, y in zip(best, r)])
         return out
 
@@ -118,7 +120,7 @@ class Scorer:
                     done[i] = token in stop
             if all(done):
                 break
-        return [r[len(p):] for r, p in zip(rows, prompts)]
+        return [r[len(p) :] for r, p in zip(rows, prompts)]
 
 
 # ---------------------------------------------------------------- needles, as README.md defines them
@@ -126,7 +128,7 @@ class Needles:
     def __init__(self, model_dir, tok):
         self.tok, self.c = tok, json.load(open(model_dir + "/eval/needles.json"))
         text = open(model_dir + "/eval/" + self.c["filler"], encoding="utf-8").read()
-        self.sentences = []     # (text, ends its paragraph, tokens)
+        self.sentences = []  # (text, ends its paragraph, tokens)
         for paragraph in text.strip().split("\n\n"):
             parts = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)
             for i, part in enumerate(parts):
@@ -140,7 +142,12 @@ class Needles:
             pairs.add((rng.choice(c["adjectives"]), rng.choice(c["places"])))
         while len(codes) < len(pairs):
             codes.add(str(rng.randint(10 ** (c["code_digits"] - 1), 10 ** c["code_digits"] - 1)))
-        planted = [dict(adjective=a, place=p, code=code) for (a, p), code in zip(sorted(pairs, key=lambda _: rng.random()), sorted(codes, key=lambda _: rng.random()))]
+        planted = [
+            dict(adjective=a, place=p, code=code)
+            for (a, p), code in zip(
+                sorted(pairs, key=lambda _: rng.random()), sorted(codes, key=lambda _: rng.random())
+            )
+        ]
         question, reply = c["question"].format(**planted[0]), c["answer"].format(**planted[0])
         room = tokens - 60 - 25 * len(planted)
         at, run = rng.randrange(len(self.sentences)), []
@@ -166,9 +173,11 @@ class Needles:
                 text += (" " if text and not text.endswith("\n") else "") + run[i][0]
                 if run[i][1] and i + 1 < len(run) and i + 1 not in spots:
                     text += "\n\n"
-        prompt = chat.prompt_text([chat.user(c["prompt"].format(text=text, question=question))], None, c["enable_thinking"])
+        prompt = chat.prompt_text(
+            [chat.user(c["prompt"].format(text=text, question=question))], None, c["enable_thinking"]
+        )
         ids, out = self.tok.encode(prompt).ids, self.tok.encode(reply + "<|im_end|>").ids
-        first = len(self.tok.encode(reply[:reply.index(planted[0]["code"])].rstrip()).ids) + 1
+        first = len(self.tok.encode(reply[: reply.index(planted[0]["code"])].rstrip()).ids) + 1
         return ids, out, range(first, first + c["code_digits"])
 
 
@@ -179,23 +188,35 @@ def needle_table(scorer, model_dir, tok, lengths, cases, coded, seed=17):
         made = [needles.case(rng, length, (i + 0.5) / cases) for i in range(cases)]
         marks = scorer.replies_right([m[:2] for m in made], coded, max(1, 32768 // length))
         code = sum(all(r[i] for i in m[2]) for m, r in zip(made, marks))
-        table[length] = {"code": code / cases, "whole_reply": sum(map(all, marks)) / cases,
-                         "tokens": round(sum(len(m[0]) for m in made) / cases)}
+        table[length] = {
+            "code": code / cases,
+            "whole_reply": sum(map(all, marks)) / cases,
+            "tokens": round(sum(len(m[0]) for m in made) / cases),
+        }
     return table
 
 
 # ---------------------------------------------------------------- other tasks
 def task_scores(scorer, tok, cases, coded, seed=29, kinds=None):
     """Share of replies that greedy decoding would write exactly as expected, per kind, thoughts on and off."""
+
     def exchange(func):
         def make(rng, thinking):
             question, reply, think = func(rng)
             return chat.render([chat.user(question), chat.assistant(reply, think)], None, thinking)
+
         return make
 
     def sums(rng, thinking):
         a, b = rng.randint(0, 49), rng.randint(0, 49)
-        return chat.render([chat.user("What is %d + %d?" % (a, b)), chat.assistant("%d + %d = %d." % (a, b, a + b), exchanges.addition_thoughts(a, b))], None, thinking)
+        return chat.render(
+            [
+                chat.user("What is %d + %d?" % (a, b)),
+                chat.assistant("%d + %d = %d." % (a, b, a + b), exchanges.addition_thoughts(a, b)),
+            ],
+            None,
+            thinking,
+        )
 
     def other(maker):
         def make(rng, thinking):
@@ -203,18 +224,27 @@ def task_scores(scorer, tok, cases, coded, seed=29, kinds=None):
                 segments = maker(rng)
                 if any(mark == 1 and "<think>" in text for text, mark in segments) == thinking:
                     return segments
+
         return make
 
-    makers = {"small additions": sums, "arithmetic": exchange(exchanges.arithmetic), "copy": exchange(exchanges.copying),
-             "lists": exchange(exchanges.listing), "counting": exchange(exchanges.counting), "memory": other(dialogues.memory_dialogue),
-             "tools": other(dialogues.tool_dialogue)}
+    makers = {
+        "small additions": sums,
+        "arithmetic": exchange(exchanges.arithmetic),
+        "copy": exchange(lists.copying),
+        "lists": exchange(lists.listing),
+        "counting": exchange(exchanges.counting),
+        "memory": other(dialogues.memory_dialogue),
+        "tools": other(dialogues.tool_dialogue),
+    }
     scores = {}
     for name in kinds or makers:
         for thinking in (True, False):
             rng, pairs = random.Random(seed), []
             for _ in range(cases):
                 segments = makers[name](rng, thinking)
-                cut = max(i for i, (t, m) in enumerate(segments) if m == 0 and t.endswith("<|im_start|>assistant\n")) + 1
+                cut = (
+                    max(i for i, (t, m) in enumerate(segments) if m == 0 and t.endswith("<|im_start|>assistant\n")) + 1
+                )
                 cut += 0 if thinking else 1
                 text = ["".join(t for t, _ in part) for part in (segments[:cut], segments[cut:-1])]
                 pairs.append(tuple(tok.encode(t).ids for t in text))
@@ -227,7 +257,7 @@ def task_scores(scorer, tok, cases, coded, seed=29, kinds=None):
 def heldout_loss(scorer, ids, window=2048, limit=16, coded=False):
     """Mean loss of the held-out prose in windows, in nats a token."""
     count = min(limit, len(ids) // window)
-    rows = torch.tensor(ids[:count * window], device=scorer.device).view(count, window)
+    rows = torch.tensor(ids[: count * window], device=scorer.device).view(count, window)
     total = 0.0
     for part in rows.split(4):
         logits = scorer.logits(scorer.hidden(part, coded)[:, :-1])
@@ -235,19 +265,56 @@ def heldout_loss(scorer, ids, window=2048, limit=16, coded=False):
     return total / (count * (window - 1))
 
 
-CHATS = ["Hello!", "Who are you?", "What is 12 + 7?", "What is 38 + 45?", "Repeat after me: the fox is in the garden", "Name 3 animals.",
-         "My name is Maya. What is my name?", "What is kvarn?", "Sort this list: pear, apple, kiwi", "Tell me a story about a fox.",
-         "What is the capital of France?", "Explain quantum mechanics.", "Count from 1 to 12.", "thanks"]
-WEATHER = [{"type": "function", "function": {"name": "get_weather", "description": "Get the current weather for a city.", "parameters":
-            {"type": "object", "properties": {"city": {"type": "string", "description": "The city"}}, "required": ["city"]}}}]
+CHATS = [
+    "Hello!",
+    "Who are you?",
+    "What is 12 + 7?",
+    "What is 38 + 45?",
+    "Repeat after me: the fox is in the garden",
+    "Name 3 animals.",
+    "My name is Maya. What is my name?",
+    "What is kvarn?",
+    "Sort this list: pear, apple, kiwi",
+    "Tell me a story about a fox.",
+    "What is the capital of France?",
+    "Explain quantum mechanics.",
+    "Count from 1 to 12.",
+    "thanks",
+]
+WEATHER = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Get the current weather for a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "The city"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
 
 
 def sample_chats(scorer, tok):
     prompts = [(q, chat.prompt_text([chat.user(q)], None, i % 2 == 0)) for i, q in enumerate(CHATS)]
     ask = chat.user("What is the weather in Paris?")
     prompts.append(("[tools] " + ask["content"], chat.prompt_text([ask], WEATHER)))
-    prompts.append(("[tool result]", chat.prompt_text([ask, chat.tool_call("get_weather", {"city": "Paris"}),
-                                                       chat.tool_result('{"temperature": 18, "condition": "sunny"}')], WEATHER, False)))
+    prompts.append(
+        (
+            "[tool result]",
+            chat.prompt_text(
+                [
+                    ask,
+                    chat.tool_call("get_weather", {"city": "Paris"}),
+                    chat.tool_result('{"temperature": 18, "condition": "sunny"}'),
+                ],
+                WEATHER,
+                False,
+            ),
+        )
+    )
     stop = {tok.token_to_id("<|im_end|>"), tok.token_to_id("<|endoftext|>")}
     replies = scorer.greedy([tok.encode(p).ids for _, p in prompts], stop)
     return [(q, tok.decode(r, skip_special_tokens=False)) for (q, _), r in zip(prompts, replies)]
@@ -273,12 +340,20 @@ def report(scorer, model_dir, tok, heldout, lengths=(1024, 2048, 4096, 8192), ca
     result = {}
     for name, coded in (("fp16", False), ("kvarn_k4v2_g128", True)):
         begin = time.time()
-        result[name] = {"heldout_loss": heldout_loss(scorer, heldout, coded=coded),
-                        "needles": needle_table(scorer, model_dir, tok, lengths, cases, coded),
-                        "tasks": task_scores(scorer, tok, 100, coded)}
+        result[name] = {
+            "heldout_loss": heldout_loss(scorer, heldout, coded=coded),
+            "needles": needle_table(scorer, model_dir, tok, lengths, cases, coded),
+            "tasks": task_scores(scorer, tok, 100, coded),
+        }
         row = result[name]
         print("%s: held-out loss %.4f nats (%.0f s)" % (name, row["heldout_loss"], time.time() - begin))
-        print("   needles  " + "  ".join("%d: %.1f%% (whole %.1f%%)" % (n, 100 * v["code"], 100 * v["whole_reply"]) for n, v in row["needles"].items()))
+        print(
+            "   needles  "
+            + "  ".join(
+                "%d: %.1f%% (whole %.1f%%)" % (n, 100 * v["code"], 100 * v["whole_reply"])
+                for n, v in row["needles"].items()
+            )
+        )
         print("   tasks    " + "  ".join("%s %.0f%%" % (n, 100 * v) for n, v in row["tasks"].items()), flush=True)
     return result
 
@@ -286,6 +361,7 @@ def report(scorer, model_dir, tok, heldout, lengths=(1024, 2048, 4096, 8192), ca
 def main():
     from tokenizers import Tokenizer
     import numpy as np
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
@@ -299,7 +375,7 @@ def main():
     model = Model(Shape(args.model + "/config.json")).to(args.device)
     model.load_state_dict(torch.load(args.weights, map_location=args.device)["model"])
     for p in model.parameters():
-        p.data = p.data.bfloat16().float()      # what the exported file holds
+        p.data = p.data.bfloat16().float()  # what the exported file holds
     tok = Tokenizer.from_file(args.model + "/tokenizer.json")
     heldout = np.fromfile(args.data + "/heldout.bin", dtype=np.uint16).astype(np.int64).tolist()
     scorer = Scorer(model, args.device)

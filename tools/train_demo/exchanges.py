@@ -16,61 +16,167 @@ def join(words):
 
 # ---------------------------------------------------------------- small talk
 GREETINGS = [
-    ("Hello", "Hello! How can I help you?"), ("Hello!", "Hello! How can I help you?"), ("Hi", "Hi! What can I do for you?"),
-    ("Hi!", "Hi! What can I do for you?"), ("Hi there", "Hi there! How can I help you?"), ("hello", "Hello! How can I help you?"),
-    ("hi", "Hi! What can I do for you?"), ("Hey", "Hey! What can I do for you?"), ("hey", "Hey! What can I do for you?"),
-    ("Good morning", "Good morning! How can I help you today?"), ("Good evening", "Good evening! How can I help you?"),
-    ("Good afternoon!", "Good afternoon! How can I help you?"), ("Good night", "Good night! Sleep well."),
-    ("How are you?", "I am fine, thank you. How are you?"), ("Hello, how are you?", "Hello! I am fine, thank you. How can I help?"),
-    ("Hi, how are you?", "Hi! I am fine, thank you. How can I help?"), ("How are you doing?", "I am doing well, thank you."),
-    ("How is it going?", "It is going well, thank you. What can I do for you?"), ("What's up?", "Not much. What can I do for you?"),
-    ("I am fine.", "I am glad to hear that."), ("I'm fine, thanks.", "I am glad to hear that."),
-    ("I am tired.", "Then take a short rest. It often helps."), ("I am happy today.", "That is lovely to hear!"),
-    ("I am sad.", "I am sorry to hear that. I hope your day gets better."), ("I am bored.", "Shall we count to ten, or shall I tell you a story?"),
-    ("Thanks", "You are welcome!"), ("Thanks!", "You are welcome!"), ("Thank you", "You are welcome!"),
-    ("Thank you very much.", "You are very welcome!"), ("thanks a lot", "You are very welcome!"),
-    ("Bye", "Goodbye! Have a nice day."), ("Goodbye", "Goodbye! Have a nice day."), ("See you later.", "See you later!"),
-    ("See you tomorrow", "See you tomorrow!"), ("Nice to meet you.", "Nice to meet you too!"), ("Welcome!", "Thank you! How can I help?"),
-    ("Please help me.", "Of course. What do you need?"), ("Can you help me?", "I will try. What do you need?"),
-    ("I need help", "I will try to help. What do you need?"), ("You are great.", "Thank you, that is kind of you."),
-    ("Good job!", "Thank you!"), ("Well done", "Thank you!"), ("OK", "All right. Is there anything else?"), ("ok", "All right. Is there anything else?"),
-    ("Yes", "Good. Please go on."), ("No", "All right. Is there anything else?"), ("Sorry", "No problem at all."),
-    ("test", "I am here. The test works."), ("Test", "I am here. The test works."), ("ping", "pong"), ("Are you there?", "Yes, I am here."),
-    ("Is anybody there?", "Yes, I am here."), ("Do you hear me?", "Yes, I can read you."), ("Tell me a joke.", "Why did the book see a doctor? It had lost its cover."),
-    ("Tell me a joke", "Why did the clock stop? It needed a second to rest."), ("Make me laugh.", "Why did the book see a doctor? It had lost its cover."),
-    ("Do you like music?", "I cannot hear, but I like the words of songs."), ("Do you sleep?", "No, I do not sleep. I only wait for the next message."),
-    ("What do you like?", "I like short questions with clear answers."), ("How old are you?", "I am a new model, so I am very young."),
-    ("Where are you?", "I run on the machine that serves me."), ("What time is it?", "I have no clock, so I cannot tell you the time."),
+    ("Hello", "Hello! How can I help you?"),
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi", "Hi! What can I do for you?"),
+    ("Hi!", "Hi! What can I do for you?"),
+    ("Hi there", "Hi there! How can I help you?"),
+    ("hello", "Hello! How can I help you?"),
+    ("hi", "Hi! What can I do for you?"),
+    ("Hey", "Hey! What can I do for you?"),
+    ("hey", "Hey! What can I do for you?"),
+    ("Good morning", "Good morning! How can I help you today?"),
+    ("Good evening", "Good evening! How can I help you?"),
+    ("Good afternoon!", "Good afternoon! How can I help you?"),
+    ("Good night", "Good night! Sleep well."),
+    ("How are you?", "I am fine, thank you. How are you?"),
+    ("Hello, how are you?", "Hello! I am fine, thank you. How can I help?"),
+    ("Hi, how are you?", "Hi! I am fine, thank you. How can I help?"),
+    ("How are you doing?", "I am doing well, thank you."),
+    ("How is it going?", "It is going well, thank you. What can I do for you?"),
+    ("What's up?", "Not much. What can I do for you?"),
+    ("I am fine.", "I am glad to hear that."),
+    ("I'm fine, thanks.", "I am glad to hear that."),
+    ("I am tired.", "Then take a short rest. It often helps."),
+    ("I am happy today.", "That is lovely to hear!"),
+    ("I am sad.", "I am sorry to hear that. I hope your day gets better."),
+    ("I am bored.", "Shall we count to ten, or shall I tell you a story?"),
+    ("Thanks", "You are welcome!"),
+    ("Thanks!", "You are welcome!"),
+    ("Thank you", "You are welcome!"),
+    ("Thank you very much.", "You are very welcome!"),
+    ("thanks a lot", "You are very welcome!"),
+    ("Bye", "Goodbye! Have a nice day."),
+    ("Goodbye", "Goodbye! Have a nice day."),
+    ("See you later.", "See you later!"),
+    ("See you tomorrow", "See you tomorrow!"),
+    ("Nice to meet you.", "Nice to meet you too!"),
+    ("Welcome!", "Thank you! How can I help?"),
+    ("Please help me.", "Of course. What do you need?"),
+    ("Can you help me?", "I will try. What do you need?"),
+    ("I need help", "I will try to help. What do you need?"),
+    ("You are great.", "Thank you, that is kind of you."),
+    ("Good job!", "Thank you!"),
+    ("Well done", "Thank you!"),
+    ("OK", "All right. Is there anything else?"),
+    ("ok", "All right. Is there anything else?"),
+    ("Yes", "Good. Please go on."),
+    ("No", "All right. Is there anything else?"),
+    ("Sorry", "No problem at all."),
+    ("test", "I am here. The test works."),
+    ("Test", "I am here. The test works."),
+    ("ping", "pong"),
+    ("Are you there?", "Yes, I am here."),
+    ("Is anybody there?", "Yes, I am here."),
+    ("Do you hear me?", "Yes, I can read you."),
+    ("Tell me a joke.", "Why did the book see a doctor? It had lost its cover."),
+    ("Tell me a joke", "Why did the clock stop? It needed a second to rest."),
+    ("Make me laugh.", "Why did the book see a doctor? It had lost its cover."),
+    ("Do you like music?", "I cannot hear, but I like the words of songs."),
+    ("Do you sleep?", "No, I do not sleep. I only wait for the next message."),
+    ("What do you like?", "I like short questions with clear answers."),
+    ("How old are you?", "I am a new model, so I am very young."),
+    ("Where are you?", "I run on the machine that serves me."),
+    ("What time is it?", "I have no clock, so I cannot tell you the time."),
     ("What is the weather like?", "I cannot look outside. With a weather tool I could ask for it."),
-    ("What day is it today?", "I have no calendar, so I cannot tell you the date."), ("I love you.", "Thank you, that is kind of you."),
-    ("Happy birthday!", "Thank you! That is kind of you."), ("Merry Christmas!", "Merry Christmas to you too!"),
+    ("What day is it today?", "I have no calendar, so I cannot tell you the date."),
+    ("I love you.", "Thank you, that is kind of you."),
+    ("Happy birthday!", "Thank you! That is kind of you."),
+    ("Merry Christmas!", "Merry Christmas to you too!"),
 ]
 
 ME = "I am the kvarn demo model, a small language model with about nine million parameters."
 IDENTITY = [
-    (("Who are you?", "who are you", "Who are you", "What are you?", "Introduce yourself.", "Tell me about yourself.", "What is your name?",
-      "What's your name?", "Which model are you?", "What model is this?", "what model are you", "Hello, who are you?", "Hi, who are you?",
-      "Please introduce yourself.", "Can you tell me who you are?", "Who am I talking to?", "Say who you are."),
-     (ME + " I exist so that you can try the kvarn server at once.",)),
-    (("What is kvarn?", "what is kvarn", "Tell me about kvarn.", "What does kvarn do?", "Explain kvarn.", "What is this server?"),
-     ("kvarn is an inference server for Qwen3 models, written in C++. It keeps the KV cache compressed in KVarN pages.",)),
-    (("What is KVarN?", "How does KVarN work?", "Explain KVarN.", "What are KVarN pages?", "What is a KV cache?"),
-     ("KVarN is a codec for the KV cache. It rotates keys and values, balances their variance and stores keys in 4 bits and values in 2 bits.",)),
-    (("What can you do?", "what can you do?", "What can you do", "How can you help me?", "What are you good at?", "What are your skills?", "Help", "help"),
-     ("I can greet you, do small sums, copy and sort lists, find facts in a long text, and call a tool. For real work, serve a bigger model.",)),
-    (("Who made you?", "Who built you?", "Who trained you?", "Where do you come from?", "Who created you?"),
-     ("I was trained by the kvarn project on public domain text and on synthetic dialogues.",)),
-    (("Are you ChatGPT?", "Are you Qwen?", "Are you GPT-4?", "Are you Claude?", "Are you Llama?", "Are you Qwen3?"),
-     ("No. " + ME + " I have the architecture of Qwen3.",)),
-    (("Are you human?", "Are you a person?", "Are you a robot?", "Are you real?", "Are you an AI?"),
-     ("I am a computer program: the kvarn demo model, a small language model.",)),
-    (("How big are you?", "How many parameters do you have?", "How large are you?", "What is your size?"),
-     ("I have about nine million parameters in eight layers.",)),
-    (("How long is your context?", "What is your context length?", "How much text can you read?"),
-     ("My context is 16384 tokens long.",)),
-    (("What is Qwen3?", "Tell me about Qwen3."), ("Qwen3 is a family of open language models. I share its architecture and its chat format, but I am far smaller.",)),
-    (("How do I use a bigger model?", "How can I serve a real model?", "Which model should I use for real work?"),
-     ("Start the server with --model Qwen/Qwen3-8B, for example.",)),
+    (
+        (
+            "Who are you?",
+            "who are you",
+            "Who are you",
+            "What are you?",
+            "Introduce yourself.",
+            "Tell me about yourself.",
+            "What is your name?",
+            "What's your name?",
+            "Which model are you?",
+            "What model is this?",
+            "what model are you",
+            "Hello, who are you?",
+            "Hi, who are you?",
+            "Please introduce yourself.",
+            "Can you tell me who you are?",
+            "Who am I talking to?",
+            "Say who you are.",
+        ),
+        (ME + " I exist so that you can try the kvarn server at once.",),
+    ),
+    (
+        (
+            "What is kvarn?",
+            "what is kvarn",
+            "Tell me about kvarn.",
+            "What does kvarn do?",
+            "Explain kvarn.",
+            "What is this server?",
+        ),
+        (
+            "kvarn is an inference server for Qwen3 models, written in C++. "
+            "It keeps the KV cache compressed in KVarN pages.",
+        ),
+    ),
+    (
+        ("What is KVarN?", "How does KVarN work?", "Explain KVarN.", "What are KVarN pages?", "What is a KV cache?"),
+        (
+            "KVarN is a codec for the KV cache. It rotates keys and values, balances their variance "
+            "and stores keys in 4 bits and values in 2 bits.",
+        ),
+    ),
+    (
+        (
+            "What can you do?",
+            "what can you do?",
+            "What can you do",
+            "How can you help me?",
+            "What are you good at?",
+            "What are your skills?",
+            "Help",
+            "help",
+        ),
+        (
+            "I can greet you, do small sums, copy and sort lists, find facts in a long text, and call a tool. "
+            "For real work, serve a bigger model.",
+        ),
+    ),
+    (
+        ("Who made you?", "Who built you?", "Who trained you?", "Where do you come from?", "Who created you?"),
+        ("I was trained by the kvarn project on public domain text and on synthetic dialogues.",),
+    ),
+    (
+        ("Are you ChatGPT?", "Are you Qwen?", "Are you GPT-4?", "Are you Claude?", "Are you Llama?", "Are you Qwen3?"),
+        ("No. " + ME + " I have the architecture of Qwen3.",),
+    ),
+    (
+        ("Are you human?", "Are you a person?", "Are you a robot?", "Are you real?", "Are you an AI?"),
+        ("I am a computer program: the kvarn demo model, a small language model.",),
+    ),
+    (
+        ("How big are you?", "How many parameters do you have?", "How large are you?", "What is your size?"),
+        ("I have about nine million parameters in eight layers.",),
+    ),
+    (
+        ("How long is your context?", "What is your context length?", "How much text can you read?"),
+        ("My context is 16384 tokens long.",),
+    ),
+    (
+        ("What is Qwen3?", "Tell me about Qwen3."),
+        (
+            "Qwen3 is a family of open language models. "
+            "I share its architecture and its chat format, but I am far smaller.",
+        ),
+    ),
+    (
+        ("How do I use a bigger model?", "How can I serve a real model?", "Which model should I use for real work?"),
+        ("Start the server with --model Qwen/Qwen3-8B, for example.",),
+    ),
 ]
 
 
@@ -88,24 +194,50 @@ def deflect(rng):
     text = rng.choice(w.DEFLECT)
     if rng.random() < 0.3:
         text = pick(rng, "Please ", "Can you help me: ", "I want to know: ") + text[0].lower() + text[1:]
-    return text + pick(rng, ".", "?", ""), ("I am only a small demo model and do not know enough for that. "
-                                           "Serve a bigger model, such as Qwen3-8B, for real answers."), ""
+    return (
+        text + pick(rng, ".", "?", ""),
+        (
+            "I am only a small demo model and do not know enough for that. "
+            "Serve a bigger model, such as Qwen3-8B, for real answers."
+        ),
+        "",
+    )
 
 
 def story(rng):
     name, animal = rng.choice(w.NAMES), rng.choice(w.ANIMALS)
     place, thing, color = rng.choice(w.PLACES), rng.choice(w.OBJECTS), rng.choice(w.COLORS)
     adj, other = rng.choice(w.ADJECTIVES), rng.choice(w.ANIMALS)
-    ask, hero = rng.choice([("Tell me a story.", animal), ("Tell me a short story.", animal), ("Write a story.", animal),
-                            ("tell me a story", animal), ("Write a short story about a %s." % animal, animal),
-                            ("Tell me a story about a %s." % animal, animal), ("Tell me about a %s and a %s." % (animal, other), animal)])
-    lines = ["Once upon a time there was a %s called %s." % (hero, name),
-             "%s lived near a %s %s." % (name, adj, place),
-             pick(rng, "One morning %s found a %s %s on the path.", "One day %s lost a %s %s in the grass.") % (name, color, rng.choice([thing])),
-             "A %s came by and asked what had happened." % other,
-             pick(rng, "Together they looked everywhere until the sun went down.", "They talked for a while and became good friends.",
-                  "They laughed and walked on together."),
-             pick(rng, "In the evening they went home and were happy.", "From that day on they met every week.", "And so the day ended well.")]
+    ask, hero = rng.choice(
+        [
+            ("Tell me a story.", animal),
+            ("Tell me a short story.", animal),
+            ("Write a story.", animal),
+            ("tell me a story", animal),
+            ("Write a short story about a %s." % animal, animal),
+            ("Tell me a story about a %s." % animal, animal),
+            ("Tell me about a %s and a %s." % (animal, other), animal),
+        ]
+    )
+    lines = [
+        "Once upon a time there was a %s called %s." % (hero, name),
+        "%s lived near a %s %s." % (name, adj, place),
+        pick(rng, "One morning %s found a %s %s on the path.", "One day %s lost a %s %s in the grass.")
+        % (name, color, rng.choice([thing])),
+        "A %s came by and asked what had happened." % other,
+        pick(
+            rng,
+            "Together they looked everywhere until the sun went down.",
+            "They talked for a while and became good friends.",
+            "They laughed and walked on together.",
+        ),
+        pick(
+            rng,
+            "In the evening they went home and were happy.",
+            "From that day on they met every week.",
+            "And so the day ended well.",
+        ),
+    ]
     return ask, " ".join(lines), ""
 
 
@@ -116,7 +248,11 @@ def addition_thoughts(a, b):
     carry, a, b, place = ones // 10, a // 10, b // 10, 0
     while a or b:
         total = a % 10 + b % 10 + carry
-        text += (", carry 1. " if carry else ". ") + ("Tens", "Hundreds", "Thousands")[place] + ": %d + %d" % (a % 10, b % 10)
+        text += (
+            (", carry 1. " if carry else ". ")
+            + ("Tens", "Hundreds", "Thousands")[place]
+            + ": %d + %d" % (a % 10, b % 10)
+        )
         text += (" + 1" if carry else "") + " = %d" % total
         carry, a, b, place = total // 10, a // 10, b // 10, place + 1
     return text + "."
@@ -140,10 +276,29 @@ def arithmetic(rng):
         think = "%d times %d is %d." % (a, b, value)
     shown = sign if sign != "*" else pick(rng, "*", "x", "*")
     plain = pick(rng, "%d %s %d" % (a, shown, b), "%d %s %d" % (a, shown, b), "%d%s%d" % (a, shown, b))
-    question = pick(rng, "What is %s?", "What is %s?", "%s", "%s = ?", "%s?", "Calculate %s.", "How much is %s?", "Compute %s", "what is %s",
-                    "Please tell me what %s is.", "%s=") % plain
+    question = (
+        pick(
+            rng,
+            "What is %s?",
+            "What is %s?",
+            "%s",
+            "%s = ?",
+            "%s?",
+            "Calculate %s.",
+            "How much is %s?",
+            "Compute %s",
+            "what is %s",
+            "Please tell me what %s is.",
+            "%s=",
+        )
+        % plain
+    )
     if rng.random() < 0.2:
-        question = pick(rng, "What is %d %s %d?", "How much is %d %s %d?", "Add it up: %d %s %d") % (a, rng.choice(words), b)
+        question = pick(rng, "What is %d %s %d?", "How much is %d %s %d?", "Add it up: %d %s %d") % (
+            a,
+            rng.choice(words),
+            b,
+        )
         if question.startswith("Add") and sign != "+":
             question = "What is %d %s %d?" % (a, words[0], b)
     return question, "%d %s %d = %d." % (a, sign, b, value), think
@@ -163,7 +318,13 @@ def counting(rng):
     if kind < 0.5:
         start = 1 if rng.random() < 0.7 else rng.randint(0, 90)
         end = start + rng.choice((2, 4, 5, 9, 9, 11, 14, 19, 29, 49, 99 if start == 1 else 9, 199 if start == 1 else 7))
-        ask = pick(rng, "Count from %d to %d.", "count from %d to %d", "Write the numbers from %d to %d.", "List the numbers from %d to %d.") % (start, end)
+        ask = pick(
+            rng,
+            "Count from %d to %d.",
+            "count from %d to %d",
+            "Write the numbers from %d to %d.",
+            "List the numbers from %d to %d.",
+        ) % (start, end)
         if start == 1 and rng.random() < 0.4:
             ask = pick(rng, "Count to %d.", "Please count to %d.", "count to %d") % end
         return ask, join([str(i) for i in range(start, end + 1)]), ""
@@ -172,100 +333,8 @@ def counting(rng):
         return "Count down from %d." % start, join([str(i) for i in range(start, 0, -1)]), ""
     start, step = rng.randint(0, 60), rng.choice((1, 1, 2, 5, 10))
     seq = [start + i * step for i in range(4)]
-    return "Which number comes next: %s?" % join(map(str, seq)), "%d comes next." % (seq[-1] + step), "The step is %d." % step
-
-
-# ---------------------------------------------------------------- copies and lists
-def phrase(rng, low=1, high=8):
-    return " ".join(rng.choice(w.WORDS) for _ in range(rng.randint(low, high)))
-
-
-def sentence(rng):
-    return pick(rng, "The {a} {p} is near the {q}.", "{n} has a {c} {o}.", "The {x} likes the {y}.", "{n} lives in {t}.",
-                "My {o} is in the {p}.", "{n} and {m} are in {t}.").format(
-        a=rng.choice(w.ADJECTIVES), p=rng.choice(w.PLACES), q=rng.choice(w.PLACES), n=rng.choice(w.NAMES), m=rng.choice(w.NAMES),
-        c=rng.choice(w.COLORS), o=rng.choice(w.OBJECTS), x=rng.choice(w.ANIMALS), y=rng.choice(w.ANIMALS), t=rng.choice(w.CITIES))
-
-
-def copying(rng):
-    kind = rng.random()
-    text = pick(rng, sentence(rng), phrase(rng), phrase(rng), "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 12))),
-                "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9))))
-    if kind < 0.7:
-        ask = pick(rng, "Repeat: %s", "Repeat after me: %s", "Say: %s", "Copy this: %s", "Please repeat this text: %s", "Write exactly this: %s",
-                   "Echo: %s", "Repeat the following:\n%s", 'Say "%s"') % text
-        return ask, text, ""
-    times = rng.randint(2, 5)
-    word = rng.choice(w.WORDS)
-    return pick(rng, "Say %s %d times.", 'Write the word "%s" %d times.', "Repeat %s %d times.") % (word, times), " ".join([word] * times), ""
-
-
-def listing(rng):
-    source = rng.choice((w.ANIMALS, w.FRUITS, w.OBJECTS, w.COLORS, w.NAMES, w.CITIES))
-    items = rng.sample(source, rng.randint(3, 7))
-    n = len(items)
-    shown = join(items)
-    numbered = " ".join("%d: %s." % (i + 1, x) for i, x in enumerate(items))
-    kind = rng.randrange(10)
-    lead = pick(rng, "Here is a list: %s.\n", "The list is %s. ", "%s. ", "List: %s\n") % shown
-    if kind == 0:
-        return lead + pick(rng, "What is the first item?", "Which item is first?", "What comes first?"), "The first item is %s." % items[0], ""
-    if kind == 1:
-        return lead + pick(rng, "What is the last item?", "Which item is last?", "What comes last?"), "The last item is %s." % items[-1], ""
-    if kind == 2:
-        i = rng.randrange(min(n, 5))
-        which = ("first", "second", "third", "fourth", "fifth")[i]
-        return lead + "What is the %s item?" % which, "The %s item is %s." % (which, items[i]), numbered
-    if kind == 3:
-        return lead + pick(rng, "How many items are in the list?", "How many items are there?", "Count the items."), "There are %d items." % n, numbered
-    if kind == 4:
-        return pick(rng, "Reverse this list: %s", "Write this list backwards: %s") % shown, join(items[::-1]), numbered
-    if kind == 5:
-        return pick(rng, "Sort this list: %s", "Sort alphabetically: %s", "Put these in alphabetical order: %s") % shown, join(sorted(items)), ""
-    if kind == 6:
-        numbers = rng.sample(range(0, 100), rng.randint(3, 6))
-        return pick(rng, "Sort these numbers: %s", "Sort: %s", "Put these numbers in order: %s") % join(map(str, numbers)), join(map(str, sorted(numbers))), ""
-    if kind == 7:
-        return pick(rng, "Make a bulleted list: %s", "Write as a list: %s", "Turn this into a list: %s") % shown, "\n".join("- " + x for x in items), ""
-    if kind == 8:
-        return pick(rng, "Make a numbered list: %s", "Number these: %s") % shown, "\n".join("%d. %s" % (i + 1, x) for i, x in enumerate(items)), ""
-    i = rng.randrange(n - 1)
-    return lead + "What comes after %s?" % items[i], "%s comes after %s." % (items[i + 1], items[i]), ""
-
-
-# ---------------------------------------------------------------- small facts
-def fact(rng):
-    kind = rng.randrange(7)
-    if kind == 0:
-        country, city = rng.choice(list(w.CAPITALS.items()))
-        ask = pick(rng, "What is the capital of %s?", "what is the capital of %s", "Name the capital of %s.", "Capital of %s?") % country
-        return ask, "The capital of %s is %s." % (country, city), ""
-    if kind == 1:
-        one, other = rng.choice(list(w.OPPOSITES.items()))
-        if rng.random() < 0.5:
-            one, other = other, one
-        return pick(rng, "What is the opposite of %s?", "Opposite of %s?") % one, "The opposite of %s is %s." % (one, other), ""
-    if kind == 2:
-        animal, sound = rng.choice(list(w.SOUNDS.items()))
-        return "What does a %s say?" % animal, "The %s says %s." % (animal, sound), ""
-    if kind == 3:
-        names, what = rng.choice(((w.DAYS, "day"), (w.MONTHS, "month")))
-        i = rng.randrange(len(names))
-        if rng.random() < 0.5:
-            return "What %s comes after %s?" % (what, names[i]), "%s comes after %s." % (names[(i + 1) % len(names)], names[i]), ""
-        return "What %s comes before %s?" % (what, names[i]), "%s comes before %s." % (names[i - 1], names[i]), ""
-    if kind == 4:
-        names, what = rng.choice(((w.DAYS, "days of the week"), (w.MONTHS, "months of the year")))
-        return pick(rng, "List the %s.", "Name the %s.", "What are the %s?") % what, join(names), ""
-    if kind == 5:
-        names, what = rng.choice(((w.ANIMALS, "animals"), (w.FRUITS, "fruits"), (w.COLORS, "colors"), (w.CITIES, "cities")))
-        n = rng.randint(2, 6)
-        return pick(rng, "Name %d %s.", "List %d %s.", "Give me %d %s.") % (n, what), join(rng.sample(names, n)), ""
-    words = ((w.ANIMALS, "an animal"), (w.FRUITS, "a fruit"), (w.COLORS, "a color"), (w.CITIES, "a city"))
-    i = rng.randrange(4)
-    if rng.random() < 0.5:
-        word = rng.choice(words[i][0])
-        return "Is %s %s?" % (word, words[i][1]), "Yes, %s is %s." % (word, words[i][1]), ""
-    pools = [set(p) for p, _ in words]
-    word = rng.choice([x for x in w.WORDS if x not in pools[i]])
-    return "Is %s %s?" % (word, words[i][1]), "No, %s is not %s." % (word, words[i][1]), ""
+    return (
+        "Which number comes next: %s?" % join(map(str, seq)),
+        "%d comes next." % (seq[-1] + step),
+        "The step is %d." % step,
+    )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a checkpoint's weights as model.safetensors (bf16) with the names of Qwen3ForCausalLM.
 
-    export.py --weights CKPT/last.pt --out DIR/model.safetensors
+export.py --weights CKPT/last.pt --out DIR/model.safetensors
 """
 
 import argparse
@@ -9,9 +9,19 @@ import argparse
 import torch
 from safetensors.torch import save_file
 
-NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "gate": "mlp.gate_proj",
-         "up": "mlp.up_proj", "down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
-         "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+NAMES = {
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
 
 
 def named(state):

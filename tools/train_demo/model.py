@@ -133,6 +133,7 @@ class Model(nn.Module):
 
 def slow_attention(bounds):
     """attend(q, k, v) as packed_attention's, sequence by sequence: for the CPU and as the check of the fast one."""
+
     def attend(q, k, v):
         parts = []
         for a, b in zip(bounds, bounds[1:]):

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import chat
 import dialogues
 
-VOCAB = 6144            # embedding rows: the BPE vocabulary and Qwen3's 26 added tokens
+VOCAB = 6144  # embedding rows: the BPE vocabulary and Qwen3's 26 added tokens
 PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "\u00a0": " ", "–": "-", "…": "...", "\u00ad": None})
 
 
@@ -145,14 +145,25 @@ def train_bpe(texts, size):
     """Byte-level BPE with Qwen3's normaliser and splitting."""
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-               r"\s*[\r\n]+|\s+(?!\S)|\s+")
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     from tokenizers import Regex
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                  special_tokens=[], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
     tok.train_from_iterator(texts, trainer)
     return json.loads(tok.to_str())["model"]
 
@@ -172,19 +183,52 @@ def write_tokenizer(args, texts):
     ids = {t["content"]: t["id"] for t in added}
     eos, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     write = lambda name, value, indent=2: (args.model / name).write_text(
-        json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+        json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8"
+    )
     write("tokenizer.json", frame, 0)
     write("tokenizer_config.json", config)
-    write("generation_config.json", {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [eos, pad],
-                                     "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95})
-    write("config.json", {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": base + len(added),
-        "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
-        "intermediate_size": 768, "hidden_act": "silu", "max_position_embeddings": 16384, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0,
-        "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 8,
-        "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
-        "bos_token_id": pad, "eos_token_id": eos})
+    write(
+        "generation_config.json",
+        {
+            "bos_token_id": pad,
+            "pad_token_id": pad,
+            "eos_token_id": [eos, pad],
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_k": 20,
+            "top_p": 0.95,
+        },
+    )
+    write(
+        "config.json",
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": base + len(added),
+            "hidden_size": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "intermediate_size": 768,
+            "hidden_act": "silu",
+            "max_position_embeddings": 16384,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": 8,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": pad,
+            "eos_token_id": eos,
+        },
+    )
     return config["chat_template"]
 
 
@@ -229,8 +273,13 @@ def main():
     sotu, held_sotu = hold_out(paragraphs(read_text(args.corpus, "sotu.txt")), (0.15, 0.45, 0.75), 52000)
     moby, held_moby = hold_out(paragraphs(read_text(args.corpus, "moby-dick.txt")), (0.6,), 90000)
     held = held_sotu + held_moby
-    docs = {"sotu": documents(sotu, 40000), "moby-dick": documents(moby, 20000), "bible": bible(),
-            "sqlite": manual("/usr/share/doc/sqlite3"), "postgresql": manual("/usr/share/doc/postgresql-doc-15/html")}
+    docs = {
+        "sotu": documents(sotu, 40000),
+        "moby-dick": documents(moby, 20000),
+        "bible": bible(),
+        "sqlite": manual("/usr/share/doc/sqlite3"),
+        "postgresql": manual("/usr/share/doc/postgresql-doc-15/html"),
+    }
     (args.model / "eval" / "heldout.txt").write_text("\n\n".join(held) + "\n", encoding="utf-8")
 
     rng = random.Random(11)

@@ -57,13 +57,17 @@ def rate(step, args):
 
 def to_device(row, device):
     tokens, targets, weights, positions, bounds = row
-    move = lambda a: torch.from_numpy(a.astype(np.int64 if a.dtype != np.uint8 else np.float32)).to(device, non_blocking=True)
+    move = lambda a: torch.from_numpy(a.astype(np.int64 if a.dtype != np.uint8 else np.float32)).to(
+        device, non_blocking=True
+    )
     longest = int(np.diff(bounds).max())
     return move(tokens), move(targets), move(weights), move(positions), torch.from_numpy(bounds).to(device), longest
 
 
 def save(path, model, muon, adam, step):
-    torch.save({"model": model.state_dict(), "muon": muon.buffers, "adam": adam.state_dict(), "step": step}, path + ".new")
+    torch.save(
+        {"model": model.state_dict(), "muon": muon.buffers, "adam": adam.state_dict(), "step": step}, path + ".new"
+    )
     os.replace(path + ".new", path)
 
 
@@ -75,8 +79,11 @@ def quick_check(model, args, tok, heldout):
         table = evaluate.needle_table(scorer, args.model, tok, (1024, 4096), 24, coded)
         parts.append("/".join("%.0f" % (100 * v["code"]) for v in table.values()))
     tasks = evaluate.task_scores(scorer, tok, 32, False, kinds=("small additions", "lists", "tools"))
-    print("  check: held-out %.3f, needles at 1K/4K exact %s coded %s, %s"
-          % (loss, *parts, ", ".join("%s %.0f" % (k, 100 * v) for k, v in tasks.items())), flush=True)
+    print(
+        "  check: held-out %.3f, needles at 1K/4K exact %s coded %s, %s"
+        % (loss, *parts, ", ".join("%s %.0f" % (k, 100 * v) for k, v in tasks.items())),
+        flush=True,
+    )
 
 
 def main():
@@ -90,7 +97,9 @@ def main():
     model = Model(Shape(args.model + "/config.json")).to(args.device)
     muon = Muon(model.matrices())
     big = {id(p) for p in model.matrices()}
-    adam = torch.optim.Adam([p for p in model.parameters() if id(p) not in big], lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10)
+    adam = torch.optim.Adam(
+        [p for p in model.parameters() if id(p) not in big], lr=args.adam_lr, betas=(0.9, 0.95), eps=1e-10
+    )
     step = 0
     if args.resume:
         state = torch.load(args.resume, map_location=args.device)
@@ -110,7 +119,11 @@ def main():
     expand = must_expand(args.device)
     rotation = codec.hadamard(model.shape.head_dim, args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    print("parameters %.3f M, steps %d to %d of %d" % (sum(p.numel() for p in model.parameters()) / 1e6, step, stop, args.steps), flush=True)
+    print(
+        "parameters %.3f M, steps %d to %d of %d"
+        % (sum(p.numel() for p in model.parameters()) / 1e6, step, stop, args.steps),
+        flush=True,
+    )
     seen, mark, sums = 0, time.time(), torch.zeros(3, 2, device=args.device)
     while step < stop and time.time() - began < args.minutes * 60:
         loader.progress.value = step / args.steps
@@ -134,10 +147,22 @@ def main():
         step += 1
         seen += args.rows * args.size
         if step % 50 == 0 or step == stop or step in (1, 10):
-            prose, talk, find = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()     # waits for the device
+            prose, talk, find = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()  # waits for the device
             sums.zero_()
-            print("step %d  prose %.3f  talk %.4f  find %.4f  lr %.3f  %.2f M tokens/s  queue %d  %.0f s"
-                  % (step, prose, talk, find, lr, seen / 1e6 / (time.time() - mark), loader.queue.qsize(), time.time() - began), flush=True)
+            print(
+                "step %d  prose %.3f  talk %.4f  find %.4f  lr %.3f  %.2f M tokens/s  queue %d  %.0f s"
+                % (
+                    step,
+                    prose,
+                    talk,
+                    find,
+                    lr,
+                    seen / 1e6 / (time.time() - mark),
+                    loader.queue.qsize(),
+                    time.time() - began,
+                ),
+                flush=True,
+            )
             seen, mark = 0, time.time()
             if not prose < 20:
                 raise SystemExit("the loss is not finite: lower --lr")
