@@ -168,6 +168,20 @@ TEST_P(RopeTest, EveryIsaAndBatchGivesTheScalarBits) {
   }
 }
 
+TEST_P(RopeTest, KeysAndValuesSaturateAtTheLargestHalf) {
+  Fixture f(Heads{.with_norm = false});
+  for (float& value : f.qkv) value *= 1e5f;
+  const Output scalar = f.run(CpuIsa::kScalar, 1), out = f.run(GetParam(), 1);
+  size_t saturated = 0;
+  for (size_t i = 0; i < out.v.size(); ++i) {
+    ASSERT_EQ(out.k[i].bits, scalar.k[i].bits);
+    ASSERT_EQ(out.v[i].bits, scalar.v[i].bits);
+    ASSERT_TRUE(std::isfinite(to_float(out.v[i])));
+    saturated += std::abs(to_float(out.v[i])) == 65504.f ? 1 : 0;
+  }
+  EXPECT_GT(saturated, out.v.size() / 2);
+}
+
 INSTANTIATE_FOR_EVERY_ISA(RopeTest);
 
 }  // namespace
