@@ -208,14 +208,17 @@ class Engine::Impl {
       const bool now_stalled = quiet > stall_after_;
       if (now_stalled && !stalled) {
         stalled = true;
-        log_error(fmt::format("engine_stalled seconds={:.0f}",
+        log_error(fmt::format("engine_stalled seconds={:.1f}",
                               std::chrono::duration<double>(quiet).count()));
         core->answer_all(unavailable("the engine makes no progress"));
       }
-      const std::lock_guard lock(mutex_);
-      stats_.heartbeat = now;
-      stalled_ = stalled;
-      if (quiet > 2 * stall_after_) fail_locked();
+      {
+        const std::lock_guard lock(mutex_);
+        stats_.heartbeat = now;
+        stalled_ = stalled;
+        if (quiet > 2 * stall_after_) fail_locked();
+      }
+      if (stalled) answer_inbox();
     }
     const bool device_ok = core->finish_step();
     if (stalled) core->cancel_all(unavailable("the engine makes no progress"));
@@ -225,6 +228,22 @@ class Engine::Impl {
       if (!device_ok) fail_locked();
     }
     if (failed_) core->cancel_all(unavailable("the engine failed"));
+  }
+
+  // While a step hangs: what was accepted just before is answered too. The other messages are about
+  // requests that have had their answer.
+  void answer_inbox() {
+    std::vector<Message> messages;
+    {
+      const std::lock_guard lock(mutex_);
+      messages.swap(inbox_);
+      inbox_sequences_ = 0;
+    }
+    for (Message& message : messages) {
+      auto* const request = std::get_if<EngineRequest>(&message);
+      if (request == nullptr) continue;
+      request->sink->on_event(request->id, ErrorEvent{unavailable("the engine makes no progress")});
+    }
   }
 
   void fail_locked() {

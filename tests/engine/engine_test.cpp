@@ -261,8 +261,13 @@ TEST(EngineTest, AStalledStepAnswersEverybodyAndTheEngineRecoversWhenItReturns) 
   gate.close();
   const auto sink = std::make_shared<RecordingSink>();
   ASSERT_TRUE(running.engine->submit(running.request(make_prompt(300), 50, sink)).is_ok());
+  while (running.engine->stats().running == 0) std::this_thread::sleep_for(1ms);
+  const auto in_inbox = std::make_shared<RecordingSink>();
+  ASSERT_TRUE(running.engine->submit(running.request(make_prompt(10), 5, in_inbox)).is_ok());
   ASSERT_TRUE(sink->wait_over());
   EXPECT_EQ(sink->error()->reason(), "engine_unavailable");
+  ASSERT_TRUE(in_inbox->wait_over());
+  EXPECT_EQ(in_inbox->error()->reason(), "engine_unavailable");
   while (running.engine->stats().state != EngineState::kStalled) std::this_thread::sleep_for(1ms);
   const auto refused = std::make_shared<RecordingSink>();
   EXPECT_EQ(running.engine->submit(running.request(make_prompt(10), 5, refused)).reason(),
