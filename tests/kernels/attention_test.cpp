@@ -253,6 +253,17 @@ TEST(AttentionIsaTest, InstructionSetsAgreeToRounding) {
   }
 }
 
+TEST_P(AttentionTest, WhatUnwrittenAndFreedPagesHoldNeverShows) {
+  for (const KvFormat format : kFormats) {
+    const KvShape shape{format, 4, 2, 128};
+    KvSequence nan = make_sequence(shape, 290, 95), zero = nan;
+    KvCacheDriver(shape, pages_for(290), GetParam(), 1, 3).run(nan, 150, 256);
+    KvCacheDriver(shape, pages_for(290), GetParam(), 1, 3, std::byte{0}).run(zero, 150, 256);
+    for (const float x : nan.out) ASSERT_TRUE(std::isfinite(x));
+    EXPECT_TRUE(bitwise_equal(nan.out, zero.out)) << kv_format_name(format);
+  }
+}
+
 TEST_P(AttentionTest, LargeScoresDoNotOverflow) {
   const KvShape shape{KvFormat::kKvarnK4V2, 2, 1, 128};
   KvSequence s = make_sequence(shape, 300, 91);

@@ -59,13 +59,14 @@ inline KvSequence make_sequence(const KvShape& shape, int64_t length, uint64_t s
 
 class KvCacheDriver {
  public:
-  KvCacheDriver(const KvShape& shape, int pages, CpuIsa isa, int threads, uint64_t seed)
-      : shape_(shape), isa_(isa), pool_(threads) {
+  KvCacheDriver(const KvShape& shape, int pages, CpuIsa isa, int threads, uint64_t seed,
+                std::byte stale = std::byte{0xff})
+      : shape_(shape), isa_(isa), pool_(threads), stale_(stale) {
     layout_ = make_kv_layout(shape.format, shape.head_dim);
     // 0xffff is an fp16 NaN: a row that nobody wrote shows in every result that reads it.
     bytes_.resize(static_cast<size_t>(pages) * static_cast<size_t>(shape.kv_heads) *
                       static_cast<size_t>(layout_.page_bytes),
-                  std::byte{0xff});
+                  stale);
     for (int i = 0; i < pages; ++i) free_.push_back(i);
     std::shuffle(free_.begin(), free_.end(), std::mt19937_64(seed));
     layer_ = {bytes_.data(), pages, shape.kv_heads, layout_};
@@ -143,7 +144,8 @@ class KvCacheDriver {
     return page;
   }
   void release(int32_t page) {  // what is left in it must not matter
-    std::memset(bytes_.data() + int64_t{page} * shape_.kv_heads * layout_.page_bytes, 0xff,
+    std::memset(bytes_.data() + int64_t{page} * shape_.kv_heads * layout_.page_bytes,
+                std::to_integer<int>(stale_),
                 static_cast<size_t>(shape_.kv_heads) * static_cast<size_t>(layout_.page_bytes));
     free_.insert(free_.begin(), page);
   }
@@ -197,6 +199,7 @@ class KvCacheDriver {
   KvLayout layout_;
   CpuIsa isa_;
   ThreadPool pool_;
+  std::byte stale_;  // what unwritten and freed pages hold
   std::vector<std::byte> bytes_;
   std::vector<int32_t> free_;
   KvLayerView layer_;
