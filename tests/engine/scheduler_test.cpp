@@ -450,6 +450,32 @@ TEST(SchedulerTest, ABlockWhoseEncodeFailedIsForgotten) {
   driver.expect_true_tokens(second, 20);
 }
 
+TEST(SchedulerTest, WhoSharesABlockWhoseEncodeFailedComputesItAgain) {
+  FakeRunnerOptions options;
+  bool fail = false;
+  options.before_step = [&](int64_t, const StepBatch&) {
+    if (fail) throw std::runtime_error("a kernel failed");
+  };
+  CoreDriver driver(options, with_budget(512));
+  auto request = driver.request(make_prompt(250), 20);
+  request.sampling.seed = 1;
+  const auto first = driver.add(request);
+  request.id = driver.request({}, 0).id;
+  const auto second = driver.add(request);
+  while (first.sink->tokens().size() < 7) ASSERT_TRUE(driver.step());
+  ASSERT_EQ(driver.sequence(first.id)->blocks[1], driver.sequence(second.id)->blocks[1]);
+  driver.scheduler().set_token_budget(1);  // only the first decodes, and encodes the shared block
+  fail = true;
+  ASSERT_TRUE(driver.step());
+  fail = false;
+  EXPECT_TRUE(first.sink->error().has_value());
+  EXPECT_FALSE(second.sink->over());
+  EXPECT_EQ(driver.sequence(second.id), nullptr) << "preempted";
+  driver.scheduler().set_token_budget(512);
+  driver.run_all();
+  driver.expect_true_tokens(second, 20);
+}
+
 TEST(SchedulerTest, NonFiniteLogitsFailTheStep) {
   struct NanRunner : test::FakeModelRunner {
     std::future<StepResult> run(const StepBatch& batch) override {
