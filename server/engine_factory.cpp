@@ -28,6 +28,12 @@ Status check_model_flag(const EngineConfig& config) {
 
 }  // namespace
 
+Status check_model(const EngineConfig& config) {
+  KVARN_RETURN_IF_ERROR(check_model_flag(config));
+  KVARN_ASSIGN_OR_RETURN(const ModelConfig model, read_model_config(model_source(config)));
+  return resolve_kv_format(config.kv_cache_dtype, model.head_dim).status();
+}
+
 ModelSource model_source(const EngineConfig& config) {
   ModelSource source;
   source.path = config.model;
@@ -59,7 +65,7 @@ Result<std::unique_ptr<Backend>> choose_backend(const EngineConfig& config) {
 }
 
 Result<LoadedEngine> load_engine(const EngineConfig& config, EngineObserver* observer) {
-  KVARN_RETURN_IF_ERROR(check_model_flag(config));
+  KVARN_RETURN_IF_ERROR(check_model(config));
   KVARN_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, choose_backend(config));
   LoadedEngine loaded;
   loaded.backend_name = backend->name();

@@ -31,6 +31,11 @@ struct LoadedEngine {
 // flag or file at fault and the fix.
 Result<LoadedEngine> load_engine(const EngineConfig& config, EngineObserver* observer);
 
+// What can be known of the model before it is loaded: --model is there, its config.json is sound,
+// and
+// --kv-cache-dtype suits it. Errors name the flag or file at fault and the fix.
+Status check_model(const EngineConfig& config);
+
 // The steps of load_engine for commands that talk to the model directly (`eval`, `inspect`).
 ModelSource model_source(const EngineConfig& config);
 // --device auto falls back to the CPU and logs the reason once; cuda fails loudly without a GPU.

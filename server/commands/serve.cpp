@@ -3,6 +3,7 @@
 #include "kernels/core/log.h"
 #include "server/app.h"
 #include "server/commands/commands.h"
+#include "server/engine_factory.h"
 #include "server/server_config.h"
 
 namespace kvarn::commands {
@@ -33,6 +34,10 @@ int run_serve(const Invocation& invocation) {
     return fail(kServe.name, with_source(status, settings), kExitUsage);
   }
   if (const Status status = server.validate(engine); !status.is_ok()) {
+    return fail(kServe.name, with_source(status, settings), kExitUsage);
+  }
+  // The cheap checks come before any port is opened, so that a typing error is answered as one.
+  if (const Status status = check_model(engine); !status.is_ok()) {
     return fail(kServe.name, with_source(status, settings), kExitUsage);
   }
   if (const std::string changed = settings.changed(); !changed.empty()) {
