@@ -13,8 +13,6 @@
 namespace kvarn::cpu {
 namespace {
 
-// From this many query vectors on, unpacking a block to f32 once is cheaper than on the fly.
-constexpr int kExpandFrom = 16;
 constexpr int kUnitQueries = 256;    // query vectors of one unit of prefill work, about
 constexpr int kBlocksPerRound = 64;  // of a context that is split between threads
 
@@ -152,8 +150,6 @@ class Attention {
     const int64_t last = position(unit) + unit.rows - 1;
     Block b{};
     b.tokens = static_cast<int>(std::min<int64_t>(kBlockTokens, last + 1 - start));
-    if (block < own_block(unit) && coded(unit, block + 1))
-      b.prefetch = page(pages(unit, block + 1)[0], head);
     if (coded(unit, block)) {
       b.record = page(pages(unit, block)[0], head);
       return b;
@@ -211,10 +207,16 @@ class Attention {
     load_queries(unit, head, s.q);
     clear(s.state, n, padded);
     const int64_t own = own_block(unit);
-    TileRows rows;
+    TileRows rows[2];
+    Block views[2];
+    views[0] = view(unit, 0, head, rows[0]);
     for (int64_t block = 0; block <= own; ++block) {
-      const Block b = view(unit, block, head, rows);
-      if (n >= kExpandFrom) {
+      Block& b = views[block % 2];
+      if (block < own) {
+        b.next = &views[(block + 1) % 2];
+        views[(block + 1) % 2] = view(unit, block + 1, head, rows[(block + 1) % 2]);
+      }
+      if (n >= kernels_.expand_from) {
         attend_many(unit, b, block == own, s);
       } else if (block < own) {
         attend_few(b, s, 0, n);

@@ -34,7 +34,7 @@ class BlockAttention {
       const float* group_q = q + first * shape.padded_dim;
       const Partials to{out.m + first, out.l + first, out.acc + first * shape.padded_dim};
       Block b = block;
-      if (g > 0) b.prefetch = nullptr;
+      if (g > 0) b.next = nullptr;
       switch (count) {
         case 1:
           attend_group<1>(shape, b, scales, group_q, to);
@@ -194,6 +194,34 @@ class BlockAttention {
       S::store(acc + d, S::mul(S::add(S::load(acc + d), S::set1(zeta)), S::load(s.v_channel + d)));
   }
 
+  // Blocks lie anywhere in memory, so the hardware cannot guess the next one. Step i of 128 of the
+  // K pass, and of the V pass, asks for its share of it: into L2, since the lines that L1 can wait
+  // for are too few to hide the latency of memory.
+  static constexpr int kIntoL2 = 2;
+  static inline __attribute__((always_inline)) void prefetch_k(const AttendShape& shape,
+                                                               const Block* next, int i) {
+    if (next == nullptr) return;
+    if (next->record != nullptr) {
+      __builtin_prefetch(next->record + 64 * i, 0, kIntoL2);
+    } else if (i < next->tokens) {
+      prefetch_row(next->rows->k[i], shape.head_dim);
+    }
+  }
+  static inline __attribute__((always_inline)) void prefetch_v(const AttendShape& shape,
+                                                               const Block* next, int i) {
+    if (next == nullptr) return;
+    if (next->record != nullptr) {
+      for (int at = 64 * (kN + i); at < shape.tile.bytes; at += 64 * kN)
+        __builtin_prefetch(next->record + at, 0, kIntoL2);
+    } else if (i < next->tokens) {
+      prefetch_row(next->rows->v[i], shape.head_dim);
+    }
+  }
+  static inline __attribute__((always_inline)) void prefetch_row(const half* row, int head_dim) {
+    const auto* line = reinterpret_cast<const std::byte*>(row);
+    for (int at = 0; at < 2 * head_dim; at += 64) __builtin_prefetch(line + at, 0, kIntoL2);
+  }
+
   // How many vectors of a row fit in registers for kQ queries: 16, 8, 4, 2 or 1.
   static constexpr int sweep(int queries) {
     int vectors = 1;
@@ -210,15 +238,13 @@ class BlockAttention {
       const auto* codes = reinterpret_cast<const uint8_t*>(block.record);
       float zeta[kQ], beta[kQ];
       for (int i = 0; i < kQ; ++i) beta[i] = fold_query(scales, q + i * kN, a[i]);
-      nibble_products<kQ>(codes + shape.tile.k_codes, a, sums, block.prefetch);
+      nibble_products<kQ, &prefetch_k>(shape, codes + shape.tile.k_codes, a, sums, block.next);
       for (int i = 0; i < kQ; ++i)
         zeta[i] = fold_scores(scales, sums[i], beta[i], w[i], out.m[i], out.l[i]);
-      const std::byte* next =
-          block.prefetch == nullptr ? nullptr : block.prefetch + shape.tile.k_step;
       if (shape.tile.v_bits == 2) {
-        crumb_products<kQ>(codes + shape.tile.v_codes, w, sums, next);
+        crumb_products<kQ>(shape, codes + shape.tile.v_codes, w, sums, block.next);
       } else {
-        nibble_products<kQ>(codes + shape.tile.v_codes, w, sums, next);
+        nibble_products<kQ, &prefetch_v>(shape, codes + shape.tile.v_codes, w, sums, block.next);
       }
       for (int i = 0; i < kQ; ++i)
         fold_values(scales, shape.tile.v_bits, sums[i], zeta[i], out.acc + i * kN);
@@ -234,9 +260,9 @@ class BlockAttention {
   }
 
   // sums[i][16 v + j] = chain over the 128 rows r of a[i][r] * (code[r][8 j + v] - 8).
-  template <int kQ>
-  static void nibble_products(const uint8_t* codes, const float (*a)[kN], float (*sums)[kN],
-                              const std::byte* prefetch) {
+  template <int kQ, auto kPrefetch>
+  static void nibble_products(const AttendShape& shape, const uint8_t* codes, const float (*a)[kN],
+                              float (*sums)[kN], const Block* next) {
     constexpr int kV = sweep(kQ);
     for (int v0 = 0; v0 < 8; v0 += kV) {
       F acc[kQ][kV];
@@ -245,7 +271,7 @@ class BlockAttention {
       for (int r = 0; r < kN; ++r) {
         Codes c = S::load_nibbles(codes + 64 * r);
         if constexpr (kV < 8) c = S::skip(c, 4 * v0);
-        if (v0 == 0 && prefetch != nullptr) __builtin_prefetch(prefetch + 64 * r);
+        if (v0 == 0) kPrefetch(shape, next, r);
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
           const F x = S::nibble(c);
@@ -261,8 +287,8 @@ class BlockAttention {
 
   // sums[i][8 v + j] = sum over tokens t of w[i][t] * (code[t][16 j + v] - 2): even + odd tokens.
   template <int kQ>
-  static void crumb_products(const uint8_t* codes, const float (*w)[kN], float (*sums)[kN],
-                             const std::byte* prefetch) {
+  static void crumb_products(const AttendShape& shape, const uint8_t* codes, const float (*w)[kN],
+                             float (*sums)[kN], const Block* next) {
     constexpr int kV = sweep(kQ) < 2 ? 2 : sweep(kQ);
     for (int v0 = 0; v0 < 16; v0 += kV) {
       F acc[kQ][kV];
@@ -270,7 +296,10 @@ class BlockAttention {
         for (int v = 0; v < kV; ++v) acc[i][v] = S::zero();
       for (int t = 0; t < kN; t += 2) {
         Codes c = S::skip(S::load_crumbs(codes + 32 * t), 2 * v0);
-        if (v0 == 0 && prefetch != nullptr) __builtin_prefetch(prefetch + 32 * t);
+        if (v0 == 0) {
+          prefetch_v(shape, next, t);
+          prefetch_v(shape, next, t + 1);
+        }
         F both[kQ];
         for (int i = 0; i < kQ; ++i) both[i] = S::pair(w[i] + t);
 #pragma GCC unroll 8
@@ -307,7 +336,7 @@ class BlockAttention {
       const int count = block.tokens - t0 < 16 ? block.tokens - t0 : 16;
       for (int r = 0; r < count; ++r) {
         const half* k = block.rows->k[t0 + r];
-        prefetch_row(block, block.rows->k, t0 + r, shape.head_dim);
+        prefetch_k(shape, block.next, t0 + r);
         F acc[kQ];
         for (int i = 0; i < kQ; ++i) acc[i] = S::zero();
 #pragma GCC unroll 8
@@ -329,14 +358,6 @@ class BlockAttention {
         S::store(w[i] + t0, S::reduce_rows(lanes[i]));
       }
     }
-  }
-
-  // Rows lie in pages anywhere in memory: ask for those that the hardware cannot guess.
-  static void prefetch_row(const Block& block, const half* const* rows, int t, int head_dim) {
-    constexpr int kAhead = 12;
-    if (t + kAhead >= block.tokens) return;
-    const auto* next = reinterpret_cast<const std::byte*>(rows[t + kAhead]);
-    for (int line = 0; line < 2 * head_dim; line += 64) __builtin_prefetch(next + line);
   }
 
   // w: scores without the softmax scale -> p over the first `limit` tokens.
@@ -380,7 +401,7 @@ class BlockAttention {
       for (int v = 0; v < kV; ++v) acc[i][v] = S::zero();
     for (int t = 0; t < block.tokens; ++t) {
       const half* row = block.rows->v[t] + d0;
-      if (d0 == 0) prefetch_row(block, block.rows->v, t, shape.head_dim);
+      if (d0 == 0) prefetch_v(shape, block.next, t);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
         F x;

@@ -28,7 +28,7 @@ struct Block {
   const std::byte* record;  // coded: all 128 tokens; nullptr: exact
   const TileRows* rows;     // exact: the first `tokens` are set
   int tokens;
-  const std::byte* prefetch;  // read next, or nullptr
+  const Block* next;  // attended next: brought into the cache meanwhile; or nullptr
 };
 
 // n query vectors' results: m[n], l[n], acc[n][padded_dim].
@@ -46,6 +46,7 @@ struct ExpandedBlock {
 constexpr int kMaxQueries = 32;  // query vectors in one call of attend_expanded()
 
 struct KvKernels {
+  int expand_from;  // query vectors from which expand() + attend_expanded() is faster than attend()
   void (*encode_tile)(const TileRows& rows, const TileLayout& tile, std::byte* record);
 
   // q [n][padded_dim] f32, zeros past head_dim; n >= 1. Every query sees all of block.tokens.

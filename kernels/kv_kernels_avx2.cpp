@@ -6,8 +6,11 @@
 namespace kvarn::cpu {
 
 const KvKernels kKvKernelsAvx2 = {
-    encode_tile_with<Avx2>,       BlockAttention<Avx2>::attend,
-    BlockAttention<Avx2>::expand, BlockAttention<Avx2>::attend_expanded,
+    /*expand_from=*/6,
+    encode_tile_with<Avx2>,
+    BlockAttention<Avx2>::attend,
+    BlockAttention<Avx2>::expand,
+    BlockAttention<Avx2>::attend_expanded,
     BlockAttention<Avx2>::merge,
 };
 

@@ -6,8 +6,11 @@
 namespace kvarn::cpu {
 
 const KvKernels kKvKernelsAvx512 = {
-    encode_tile_with<Avx512>,       BlockAttention<Avx512>::attend,
-    BlockAttention<Avx512>::expand, BlockAttention<Avx512>::attend_expanded,
+    /*expand_from=*/24,
+    encode_tile_with<Avx512>,
+    BlockAttention<Avx512>::attend,
+    BlockAttention<Avx512>::expand,
+    BlockAttention<Avx512>::attend_expanded,
     BlockAttention<Avx512>::merge,
 };
 

@@ -6,8 +6,11 @@
 namespace kvarn::cpu {
 
 const KvKernels kKvKernelsPortable = {
-    encode_tile_with<Portable>,       BlockAttention<Portable>::attend,
-    BlockAttention<Portable>::expand, BlockAttention<Portable>::attend_expanded,
+    /*expand_from=*/6,
+    encode_tile_with<Portable>,
+    BlockAttention<Portable>::attend,
+    BlockAttention<Portable>::expand,
+    BlockAttention<Portable>::attend_expanded,
     BlockAttention<Portable>::merge,
 };
 
