@@ -64,8 +64,12 @@ KVARN_ALWAYS void step(typename V::Acc (&acc)[R][T], const typename V::X* x, int
   }
 }
 
-// T rows of x times R rows of W. kPrefetch: also asks for the bytes behind the R rows, in order of
-// address, which are the next block's.
+// Bytes ahead in each row of W that the GEMV asks for: far enough for memory, near enough to stay
+// within the page that the hardware is prefetching.
+constexpr int64_t kPrefetchBytes = 512;
+
+// T rows of x times R rows of W. kPrefetch: weights come from memory, so ask for each row's bytes
+// ahead of time, at its end for those of the row that takes its place in the next block.
 template <class V, int T, int R, bool kPrefetch>
 KVARN_ALWAYS void block(const typename V::X* x, int64_t k, const typename V::W* w, float* y,
                         int64_t y_stride) {
@@ -78,14 +82,15 @@ KVARN_ALWAYS void block(const typename V::X* x, int64_t k, const typename V::W* 
     KVARN_UNROLL
     for (int t = 0; t < T; ++t) acc[r][t] = V::zero();
   }
-  constexpr int kStepBytes = R * V::kStep * static_cast<int>(sizeof(W));
-  const char* ahead = reinterpret_cast<const char*>(w + R * k);
+  const int64_t row_bytes = k * static_cast<int64_t>(sizeof(W));
   int64_t i = 0;
   for (; i < full; i += V::kStep) {
     if constexpr (kPrefetch) {
+      int64_t ahead = i * static_cast<int64_t>(sizeof(W)) + kPrefetchBytes;
+      if (ahead >= row_bytes) ahead += (R - 1) * row_bytes;
+      const char* line = reinterpret_cast<const char*>(w) + ahead;
       KVARN_UNROLL
-      for (int line = 0; line < kStepBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-      ahead += kStepBytes;
+      for (int r = 0; r < R; ++r, line += row_bytes) _mm_prefetch(line, _MM_HINT_T0);
     }
     step<V, T, R>(acc, x + i, x_stride, w + i, k);
   }
