@@ -119,13 +119,15 @@ HttpSession::Awaitable<void> HttpSession::run_generation(HttpRequest& request) {
   request.endpoint = shared_request->endpoint;
   bool failed = false;
   try {
-    co_await on_text_pool([&state = state_, running, shared_request] {
+    std::function<void()> work = [&state = state_, running, shared_request] {
       running->refused = begin_generation(state, *shared_request, *running);
-    });
+    };
+    co_await on_text_pool(work);
     shared_request->body.clear();
     shared_request->body.shrink_to_fit();
     if (!running->refused.is_ok()) {
-      co_await send(*shared_request, error(*shared_request, running->refused));
+      HttpAnswer refusal = error(*shared_request, running->refused);
+      co_await send(*shared_request, refusal);
     } else {
       watched_ = running->generation.stream;
       output_ready_ = false;
@@ -153,7 +155,8 @@ HttpSession::Awaitable<void> HttpSession::run_generation(HttpRequest& request) {
     }
   }
   if (failed && !answered_) {
-    co_await send(*shared_request, error(*shared_request, Status::internal("exception")));
+    HttpAnswer apology = error(*shared_request, Status::internal("exception"));
+    co_await send(*shared_request, apology);
   } else if (failed) {
     broken_ = true;
   }
@@ -183,8 +186,9 @@ HttpSession::Awaitable<void> HttpSession::send_folded(const HttpRequest& request
     } else {
       running.ended = true;
       const Status& status = std::get<StreamEnd>(*item).status;
-      co_await send(request, status.is_ok() ? json_answer(openai_body(running.style, fold))
-                                            : error(request, status));
+      HttpAnswer answer =
+          status.is_ok() ? json_answer(openai_body(running.style, fold)) : error(request, status);
+      co_await send(request, answer);
       co_return;
     }
   }
@@ -218,7 +222,8 @@ HttpSession::Awaitable<void> HttpSession::send_streamed(const HttpRequest& reque
           answered_ = true;
           co_return;
         } else if (!answered_ && payloads.empty()) {
-          co_await send(request, error(request, status));
+          HttpAnswer answer = error(request, status);
+          co_await send(request, answer);
           co_return;
         } else {
           failed = closing_ = true;

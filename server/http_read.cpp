@@ -29,10 +29,6 @@ Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
 }
 
-Status http_error(const char* reason, std::string message) {
-  return {StatusCode::kInvalidArgument, reason, std::move(message)};
-}
-
 std::optional<std::string> field(const auto& fields, auto name) {
   const auto found = fields.find(name);
   if (found == fields.end()) return std::nullopt;
@@ -110,10 +106,19 @@ HttpSession::Awaitable<HttpSession::Read> HttpSession::read_header(HeadParser& p
   }
 }
 
-HttpSession::Awaitable<HttpSession::Turn> HttpSession::fail(HttpRequest& request, Status status) {
+HttpSession::Awaitable<HttpSession::Turn> HttpSession::fail(HttpRequest& request,
+                                                            const char* reason,
+                                                            const char* message) {
+  const Status status(StatusCode::kInvalidArgument, reason, message);
+  co_return co_await fail(request, status);
+}
+
+HttpSession::Awaitable<HttpSession::Turn> HttpSession::fail(HttpRequest& request,
+                                                            const Status& status) {
   if (request.framing.request_id.empty()) request.framing.request_id = make_request_id();
   request.framing.keep_alive = false;
-  co_await send(request, error(request, status));
+  HttpAnswer answer = error(request, status);
+  co_await send(request, answer);
   co_return Turn::kEnd;
 }
 
@@ -129,22 +134,22 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_request(HttpRequest&
   const Read read = co_await read_header(parser, error);
   if (read == Read::kEnd) co_return Turn::kEnd;
   if (read == Read::kTimeout) {
-    co_return co_await fail(request, http_error("request_timeout",
-                                                "the headers did not arrive in time "
-                                                "(--header-seconds)"));
+    co_return co_await fail(request, "request_timeout",
+                            "the headers did not arrive in time "
+                            "(--header-seconds)");
   }
   if (error == http::error::header_limit || error == http::error::buffer_overflow) {
     // Nothing of an unfinished head is consumed: its first line tells which part is too long.
     const std::string_view raw(static_cast<const char*>(buffer_.data().data()), buffer_.size());
     const bool line_ends = raw.substr(0, kRequestLineRoom).find("\r\n") != std::string_view::npos;
-    co_return co_await fail(
-        request,
-        line_ends ? http_error("headers_too_large", "the headers are too long (--max-header-bytes)")
-                  : http_error("uri_too_long", "the request line is longer than 8192 bytes"));
+    if (line_ends) {
+      co_return co_await fail(request, "headers_too_large",
+                              "the headers are too long (--max-header-bytes)");
+    }
+    co_return co_await fail(request, "uri_too_long", "the request line is longer than 8192 bytes");
   }
   if (error && error != http::error::need_more) {
-    co_return co_await fail(request,
-                            http_error("malformed_request", "not a valid HTTP/1.1 request"));
+    co_return co_await fail(request, "malformed_request", "not a valid HTTP/1.1 request");
   }
   const HttpHead head = head_of(parser);
   request.method = std::string(parser.get().method_string());
@@ -152,8 +157,9 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_request(HttpRequest&
   request.framing.version = static_cast<int>(parser.get().version());
   request.framing.keep_alive = parser.keep_alive();
   const Status values = read_head(head, request);
-  if (Status bad = check_framing(head, request, state_.config.max_header_bytes); !bad.is_ok()) {
-    co_return co_await fail(request, std::move(bad));
+  if (const Status bad = check_framing(head, request, state_.config.max_header_bytes);
+      !bad.is_ok()) {
+    co_return co_await fail(request, bad);
   }
   const bool expects = head.expect.has_value();
   if (request.method == "OPTIONS" && (request.endpoint != nullptr || request.path == "*")) {
@@ -162,7 +168,7 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_request(HttpRequest&
     options.headers.emplace_back("Allow", request.endpoint == nullptr
                                               ? "GET, HEAD, POST, OPTIONS"
                                               : std::string(request.endpoint->allow()));
-    co_return co_await answer_early(request, std::move(options), parser, expects);
+    co_return co_await answer_early(request, options, parser, expects);
   }
   Status refused = check_endpoint(request);
   const bool wrong_method = refused.reason() == "method_not_allowed";
@@ -177,13 +183,13 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_request(HttpRequest&
   if (!refused.is_ok()) {
     HttpAnswer no = this->error(request, refused);
     if (wrong_method) no.headers.emplace_back("Allow", std::string(request.endpoint->allow()));
-    co_return co_await answer_early(request, std::move(no), parser, expects);
+    co_return co_await answer_early(request, no, parser, expects);
   }
   co_return co_await read_body(request, parser, expects);
 }
 
 HttpSession::Awaitable<HttpSession::Turn> HttpSession::answer_early(HttpRequest& request,
-                                                                    HttpAnswer answer,
+                                                                    HttpAnswer& answer,
                                                                     HeadParser& parser,
                                                                     bool expects_continue) {
   if (!parser.is_done()) {
@@ -194,7 +200,7 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::answer_early(HttpRequest&
       co_return Turn::kEnd;
     }
   }
-  co_await send(request, std::move(answer));
+  co_await send(request, answer);
   co_return Turn::kAnswered;
 }
 
@@ -213,22 +219,22 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_body(HttpRequest& re
     if (buffer_.size() > 0) buffer_.consume(body.put(buffer_.data(), error));
     if (body.is_done()) break;
     if (error == http::error::body_limit) {
-      co_return co_await fail(
-          request, http_error("body_too_large",
-                              fmt::format("the body is longer than {} bytes (--max-body-bytes)",
-                                          state_.config.max_body_bytes)));
+      const Status too_large(StatusCode::kInvalidArgument, "body_too_large",
+                             fmt::format("the body is longer than {} bytes (--max-body-bytes)",
+                                         state_.config.max_body_bytes));
+      co_return co_await fail(request, too_large);
     }
     if (error && error != http::error::need_more) {
-      co_return co_await fail(request, http_error("malformed_request",
-                                                  "the body's chunks are "
-                                                  "malformed"));
+      co_return co_await fail(request, "malformed_request",
+                              "the body's chunks are "
+                              "malformed");
     }
     if (!error && buffer_.size() > 0) continue;
     const Read read = co_await read_some(Clock::now() + seconds(state_.config.body_seconds));
     if (read == Read::kEnd) co_return Turn::kEnd;
     if (read == Read::kTimeout) {
-      co_return co_await fail(
-          request, http_error("request_timeout", "the body stopped arriving (--body-seconds)"));
+      co_return co_await fail(request, "request_timeout",
+                              "the body stopped arriving (--body-seconds)");
     }
   }
   request.body = std::move(body.get().body());

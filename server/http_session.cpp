@@ -102,7 +102,7 @@ HttpSession::Awaitable<void> HttpSession::answer(HttpRequest& request) {
   HttpAnswer answer;
   bool failed = false;
   try {
-    const auto work = [&] {
+    std::function<void()> work = [&] {
       answer = answer_simple(state_, *request.endpoint, request.path, request.body,
                              request.framing.request_id);
     };
@@ -118,10 +118,10 @@ HttpSession::Awaitable<void> HttpSession::answer(HttpRequest& request) {
     failed = true;
   }
   if (failed) answer = error(request, Status::internal("exception"));
-  co_await send(request, std::move(answer));
+  co_await send(request, answer);
 }
 
-HttpSession::Awaitable<void> HttpSession::on_text_pool(std::function<void()> work) {
+HttpSession::Awaitable<void> HttpSession::on_text_pool(std::function<void()>& work) {
   struct Job {
     std::function<void()> work;
     std::exception_ptr error;
@@ -148,7 +148,7 @@ HttpSession::Awaitable<void> HttpSession::on_text_pool(std::function<void()> wor
   if (job->error) std::rethrow_exception(job->error);
 }
 
-HttpSession::Awaitable<void> HttpSession::send(const HttpRequest& request, HttpAnswer answer) {
+HttpSession::Awaitable<void> HttpSession::send(const HttpRequest& request, HttpAnswer& answer) {
   if (closing_ || state_.health.state() == HealthState::kDraining) answer.close = true;
   const bool close = answer.close || !request.framing.keep_alive;
   answered_ = true;

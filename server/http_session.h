@@ -48,6 +48,8 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   enum class Read : uint8_t { kData, kEnd, kTimeout };
   enum class Turn : uint8_t { kRequest, kAnswered, kEnd };
 
+  // GCC 12 destroys some temporaries of a co_await expression twice. So the coroutines below take
+  // lvalues, and callers name what they pass.
   Awaitable<void> run();
 
   // Reading (http_read.cpp).
@@ -59,17 +61,18 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<Turn> read_body(HttpRequest& request, HeadParser& parser, bool expects_continue);
   // Answers a request by its head. A short body is read and dropped, a long one ends the
   // connection.
-  Awaitable<Turn> answer_early(HttpRequest& request, HttpAnswer answer, HeadParser& parser,
+  Awaitable<Turn> answer_early(HttpRequest& request, HttpAnswer& answer, HeadParser& parser,
                                bool expects_continue);
-  Awaitable<Turn> fail(HttpRequest& request, Status status);  // a connection-level error
+  Awaitable<Turn> fail(HttpRequest& request, const char* reason, const char* message);
+  Awaitable<Turn> fail(HttpRequest& request, const Status& status);  // a connection-level error
   Awaitable<void> linger();  // lets the peer read the last answer before the socket is closed
 
   // Answering (http_session.cpp).
   Awaitable<void> answer(HttpRequest& request);
   // Runs `work` on the text pool and waits for it. If the waiting is given up, the work still runs
   // to its end: what it touches must be owned by it or outlive the pool. Rethrows its exception.
-  Awaitable<void> on_text_pool(std::function<void()> work);
-  Awaitable<void> send(const HttpRequest& request, HttpAnswer answer);
+  Awaitable<void> on_text_pool(std::function<void()>& work);
+  Awaitable<void> send(const HttpRequest& request, HttpAnswer& answer);
   Awaitable<bool> write_all(std::string_view bytes);  // false: broken_
   void finish(const HttpRequest& request, int status);
   HttpAnswer error(const HttpRequest& request, const Status& status) const;
