@@ -1,6 +1,7 @@
 // Builds and owns the grpc::Server: address, TLS, limits, what is mounted, and its end.
 #include "server/grpc_server.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/impl/server_builder_option.h>
@@ -153,10 +154,16 @@ void forward_log(gpr_log_func_args* args) {
     log_debug(fmt::format("grpc_library message=\"{}\"", args->message));
 }
 
+void forward_protobuf_log(google::protobuf::LogLevel, const char*, int,
+                          const std::string& message) {
+  if (log_enabled(LogLevel::kDebug)) log_debug(fmt::format("protobuf message=\"{}\"", message));
+}
+
 }  // namespace
 
 Result<std::unique_ptr<GrpcServer>> start_grpc_server(ServerState& state) {
   gpr_set_log_function(forward_log);
+  google::protobuf::SetLogHandler(forward_protobuf_log);
   auto server = std::make_unique<GrpcServerImpl>(state);
   KVARN_RETURN_IF_ERROR(server->start());
   return std::unique_ptr<GrpcServer>(std::move(server));
