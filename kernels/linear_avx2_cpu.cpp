@@ -16,7 +16,7 @@ struct Avx2Base {
   using Acc = __m256;
   using X = float;
   using XReg = __m256;
-  static constexpr int kRows = 3;  // x 4 columns: 12 accumulators + 3 x + 1 w of 16 registers
+  static constexpr int kRows = 3, kColumns = 4;  // 12 accumulators + 3 x + 1 w of 16 registers
 
   static KVARN_ALWAYS Acc zero() { return _mm256_setzero_ps(); }
   static KVARN_ALWAYS XReg load_x(const X* x, int phase) { return _mm256_loadu_ps(x + 8 * phase); }

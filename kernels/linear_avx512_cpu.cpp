@@ -16,7 +16,7 @@ namespace {
 
 struct Avx512Base {
   using Acc = __m512;
-  static constexpr int kRows = 6;  // x 4 columns: 24 accumulators + 6 x + 1 w of 32 registers
+  static constexpr int kRows = 3, kColumns = 8;  // 24 accumulators + 3 x + 1 w of 32 registers
 
   static KVARN_ALWAYS Acc zero() { return _mm512_setzero_ps(); }
   static KVARN_ALWAYS __m128 fold(__m512 v) {

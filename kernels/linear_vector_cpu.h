@@ -118,18 +118,34 @@ KVARN_ALWAYS void block(const typename V::X* x, int64_t k, const typename V::W* 
   }
 }
 
-// All rows [first, last) of x times R rows of W, at most T at a time.
-template <class V, int T, int R>
-KVARN_ALWAYS void rows_times(const typename V::X* x, int64_t first, int64_t last, int64_t k,
-                             const typename V::W* w, float* y, int64_t y_stride) {
-  const int64_t x_stride = packed_row<V>(k);
-  int64_t row = first;
-  for (; row + T <= last; row += T) {
-    block<V, T, R, false>(x + row * x_stride, k, w, y + row * y_stride, y_stride);
+// block() for a number of rows known at run time, 1 .. kRows.
+template <class V, int kRows, int R, bool kPrefetch>
+KVARN_ALWAYS void block_of(int64_t rows, const typename V::X* x, int64_t k, const typename V::W* w,
+                           float* y, int64_t y_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return block_of<V, kRows - 1, R, kPrefetch>(rows, x, k, w, y, y_stride);
   }
-  if constexpr (T > 1) {
-    constexpr int kNext = T > 4 ? 4 : T > 2 ? 2 : 1;
-    if (row < last) rows_times<V, kNext, R>(x, row, last, k, w, y, y_stride);
+  block<V, kRows, R, kPrefetch>(x, k, w, y, y_stride);
+}
+
+// All rows [first, last) of x times R rows of W, V::kRows at a time and the last two blocks alike.
+// `from_memory`: this is the first that reads these rows of W.
+template <class V, int R>
+void rows_times(const typename V::X* x, int64_t first, int64_t last, int64_t k,
+                const typename V::W* w, float* y, int64_t y_stride, bool from_memory) {
+  constexpr int64_t kRows = R == 1 ? 1 : V::kRows;
+  for (int64_t row = first; row < last;) {
+    const int64_t left = last - row;
+    const int64_t rows = left >= 2 * kRows ? kRows : left > kRows ? (left + 1) / 2 : left;
+    const typename V::X* x_rows = x + row * packed_row<V>(k);
+    float* y_rows = y + row * y_stride;
+    if (from_memory) {
+      block_of<V, kRows, R, true>(rows, x_rows, k, w, y_rows, y_stride);
+      from_memory = false;
+    } else {
+      block_of<V, kRows, R, false>(rows, x_rows, k, w, y_rows, y_stride);
+    }
+    row += rows;
   }
 }
 
@@ -157,12 +173,13 @@ void compute_vector(const LinearJob& job, int64_t first, int64_t last) {
   for (int64_t row = 0; row < job.rows; row += group) {
     const int64_t row_end = std::min(row + group, job.rows);
     int64_t column = first;
-    for (; column + 4 <= last; column += 4) {
-      rows_times<V, V::kRows, 4>(x, row, row_end, k, weight + column * k, job.y + column,
-                                 job.y_stride);
+    for (; column + V::kColumns <= last; column += V::kColumns) {
+      rows_times<V, V::kColumns>(x, row, row_end, k, weight + column * k, job.y + column,
+                                 job.y_stride, row == 0);
     }
     for (; column < last; ++column) {
-      rows_times<V, 1, 1>(x, row, row_end, k, weight + column * k, job.y + column, job.y_stride);
+      rows_times<V, 1>(x, row, row_end, k, weight + column * k, job.y + column, job.y_stride,
+                       row == 0);
     }
   }
 }
