@@ -109,7 +109,7 @@ class Scheduler {
   void plan_prefills(StepPlan& plan, TimePoint now);
   void plan_encodes_of_unused_blocks(StepPlan& plan);
   bool try_append_slot(Sequence& s, StepPlan& plan);
-  void encode_complete_blocks(Sequence& s, int32_t num_blocks, StepPlan& plan);
+  void encode_last_block(Sequence& s, int32_t num_blocks, StepPlan& plan);
   Sequence* next_prefill(const StepPlan& plan, bool may_admit);
   bool try_admit(Sequence& s, StepPlan& plan, TimePoint now);
   bool try_plan_chunk(Sequence& s, StepPlan& plan);

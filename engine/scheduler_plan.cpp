@@ -46,7 +46,7 @@ void Scheduler::plan_decodes(StepPlan& plan) {
 bool Scheduler::try_append_slot(Sequence& s, StepPlan& plan) {
   const int32_t position = s.num_computed;
   const int32_t block = position / kBlockTokens;
-  encode_complete_blocks(s, block, plan);
+  encode_last_block(s, block, plan);
   if (position % kBlockTokens != 0) {
     return blocks_.try_grow(s.blocks.back(), position % kBlockTokens + 1);
   }
@@ -56,17 +56,17 @@ bool Scheduler::try_append_slot(Sequence& s, StepPlan& plan) {
   return true;
 }
 
-// Queries from position 128 * num_blocks on read these blocks coded.
-void Scheduler::encode_complete_blocks(Sequence& s, int32_t num_blocks, StepPlan& plan) {
-  if (!blocks_.layout().coded()) return;
-  for (int32_t k = kSinkBlocks; k < num_blocks; ++k) {
-    const BlockId id = s.blocks[static_cast<size_t>(k)];
-    if (blocks_.block(id).coded) continue;
-    const std::optional<EncodeTile> tile = blocks_.try_encode(id);
-    CHECK(tile.has_value(), "a running sequence has its reserve page");
-    plan.encodes.push_back({id, *tile, {}});
-    ++plan.tiles_encoded;
-  }
+// Queries from position 128 * num_blocks on read these blocks coded. All but the last are coded
+// already: nobody feeds a position beyond a block before it is, and publish() never trades a record
+// for exact rows.
+void Scheduler::encode_last_block(Sequence& s, int32_t num_blocks, StepPlan& plan) {
+  if (!blocks_.layout().coded() || num_blocks <= kSinkBlocks) return;
+  const BlockId id = s.blocks[static_cast<size_t>(num_blocks - 1)];
+  if (blocks_.block(id).coded) return;
+  const std::optional<EncodeTile> tile = blocks_.try_encode(id);
+  CHECK(tile.has_value(), "a running sequence has its reserve page");
+  plan.encodes.push_back({id, *tile, {}});
+  ++plan.tiles_encoded;
 }
 
 void Scheduler::plan_prefills(StepPlan& plan, TimePoint now) {
@@ -169,7 +169,7 @@ bool Scheduler::try_plan_chunk(Sequence& s, StepPlan& plan) {
   int32_t end = s.num_tokens();
   if (end - first > budget) end = first + budget / kBlockTokens * kBlockTokens;
   if (end <= first) return false;
-  encode_complete_blocks(s, first / kBlockTokens, plan);
+  encode_last_block(s, first / kBlockTokens, plan);
   for (int32_t position = first; position < end; position += kBlockTokens) {
     const BlockId id =
         blocks_.try_new_block(position / kBlockTokens, std::min(kBlockTokens, end - position));

@@ -49,7 +49,16 @@ void add_rows(const PlannedRows& rows, const BlockManager& blocks, StepBatch& ba
 
 void build_step_batch(const StepPlan& plan, const BlockManager& blocks, ReadingRule rule,
                       StepBatch& batch) {
-  batch.clear();
+  // Cleared one by one: capacities stay, so that a step of a running engine allocates little.
+  batch.token_ids.clear();
+  batch.positions.clear();
+  batch.slots.clear();
+  batch.sequences.clear();
+  batch.block_pages.clear();
+  batch.encode_before.clear();
+  batch.encode_in_layer.clear();
+  batch.logit_rows.clear();
+  batch.sampling.clear();
   batch.rule = rule;
   batch.num_decode_sequences = static_cast<int>(plan.decodes.size());
   for (const PlannedEncode& encode : plan.encodes) batch.encode_before.push_back(encode.tile);
