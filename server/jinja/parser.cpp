@@ -47,10 +47,7 @@ class Parser {
  public:
   explicit Parser(std::string_view source) : tokens_(tokenize(source)) {}
 
-  Block run() {
-    Block block = parse_block({});
-    return block;
-  }
+  Block run() { return parse_block({}, 1); }
 
  private:
   // ---- tokens
@@ -548,12 +545,11 @@ class Parser {
   }
 
   // Statements up to a block whose name is in `ends` (which stays unread, behind its {%), or to the
-  // end of the template if `ends` is empty.
-  Block parse_block(std::initializer_list<std::string_view> ends) {
+  // end of the template if `ends` is empty. `begin_line` is the block's, for the error.
+  Block parse_block(std::initializer_list<std::string_view> ends, int begin_line) {
     Block block;
     if (++block_depth_ > kMaxBlockDepth)
       fail(fmt::format("blocks nest deeper than {}", kMaxBlockDepth));
-    const int begin_line = peek().line;
     while (true) {
       const Token token = next();
       if (token.kind == Kind::kText) {
@@ -583,9 +579,9 @@ class Parser {
   }
 
   // The body of a block that ends with `end`, its opening tag's closing first.
-  Block parse_body(std::string_view end) {
+  Block parse_body(std::string_view end, int begin_line) {
     expect(Kind::kBlockEnd, "'%}'");
-    Block body = parse_block({end});
+    Block body = parse_block({end}, begin_line);
     next();
     expect(Kind::kBlockEnd, "'%}'");
     return body;
@@ -609,7 +605,7 @@ class Parser {
     if (name == "filter") return parse_filter_block(token.line);
     if (name == "generation") {  // marks text for training; it changes nothing here
       auto stmt = make_stmt(Stmt::Kind::kScope, token.line);
-      stmt->body = parse_body("endgeneration");
+      stmt->body = parse_body("endgeneration", token.line);
       return stmt;
     }
     if (name == "break" || name == "continue") {
@@ -673,7 +669,7 @@ class Parser {
     auto stmt = make_stmt(Stmt::Kind::kSetBlock, line);
     stmt->target = std::move(target);
     if (skip_operator("|")) stmt->expr = parse_filter_chain(line);
-    stmt->body = parse_body("endset");
+    stmt->body = parse_body("endset", line);
     return stmt;
   }
 
@@ -683,12 +679,12 @@ class Parser {
       Stmt::Branch branch;
       branch.condition = parse_tuple(false, false);
       expect(Kind::kBlockEnd, "'%}'");
-      branch.body = parse_block({"elif", "else", "endif"});
+      branch.body = parse_block({"elif", "else", "endif"}, line);
       stmt->branches.push_back(std::move(branch));
       const Token end = next();
       if (end.text == "elif") continue;
       if (end.text == "else") {
-        stmt->body = parse_body("endif");
+        stmt->body = parse_body("endif", line);
       } else {
         expect(Kind::kBlockEnd, "'%}'");
       }
@@ -705,10 +701,10 @@ class Parser {
     if (at_name("recursive")) fail("a recursive loop is not supported");
     expect(Kind::kBlockEnd, "'%}'");
     ++loop_depth_;
-    stmt->body = parse_block({"else", "endfor"});
+    stmt->body = parse_block({"else", "endfor"}, line);
     --loop_depth_;
     if (next().text == "else") {
-      stmt->orelse = parse_body("endfor");
+      stmt->orelse = parse_body("endfor", line);
     } else {
       expect(Kind::kBlockEnd, "'%}'");
     }
@@ -734,7 +730,7 @@ class Parser {
     const bool outer_varargs = std::exchange(saw_varargs_, false);
     const bool outer_kwargs = std::exchange(saw_kwargs_, false);
     const int outer_loops = std::exchange(loop_depth_, 0);
-    stmt->body = parse_body("endmacro");
+    stmt->body = parse_body("endmacro", line);
     loop_depth_ = outer_loops;
     stmt->uses_varargs = std::exchange(saw_varargs_, outer_varargs);
     stmt->uses_kwargs = std::exchange(saw_kwargs_, outer_kwargs);
@@ -751,14 +747,14 @@ class Parser {
       param.default_value = parse_expression();
       stmt->params.push_back(std::move(param));
     }
-    stmt->body = parse_body("endwith");
+    stmt->body = parse_body("endwith", line);
     return stmt;
   }
 
   std::unique_ptr<Stmt> parse_filter_block(int line) {
     auto stmt = make_stmt(Stmt::Kind::kFilter, line);
     stmt->expr = parse_filter_chain(line);
-    stmt->body = parse_body("endfilter");
+    stmt->body = parse_body("endfilter", line);
     return stmt;
   }
 
