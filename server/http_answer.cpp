@@ -88,9 +88,8 @@ HttpAnswer json_answer(std::string body, int status) {
   return answer;
 }
 
-HttpAnswer error_answer(const Status& status, int retry_after, const std::string& request_id) {
-  HttpAnswer answer =
-      json_answer(error_body(public_error(status, request_id)), http_status(status));
+HttpAnswer error_answer(const Status& status, int retry_after) {
+  HttpAnswer answer = json_answer(error_body(status), http_status(status));
   if (wants_retry_after(status)) {
     answer.headers.emplace_back("Retry-After", fmt::format("{}", retry_after));
   }

@@ -21,9 +21,9 @@ struct HttpAnswer {
 };
 
 HttpAnswer json_answer(std::string body, int status = 200);
-// The error object with its status and headers (Retry-After, x-should-retry). `retry_after` in
-// seconds. The text of a 5xx is made public_error() with `request_id`.
-HttpAnswer error_answer(const Status& status, int retry_after, const std::string& request_id);
+// The error object with its status and headers (Retry-After in seconds, x-should-retry). `status`
+// may be shown to clients: pass failures of ours through public_error() first.
+HttpAnswer error_answer(const Status& status, int retry_after);
 
 // How the answer is framed on this connection.
 struct HttpFraming {

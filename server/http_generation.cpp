@@ -186,8 +186,8 @@ HttpSession::Awaitable<void> HttpSession::send_folded(const HttpRequest& request
     } else {
       running.ended = true;
       const Status& status = std::get<StreamEnd>(*item).status;
-      HttpAnswer answer =
-          status.is_ok() ? json_answer(openai_body(running.style, fold)) : error(request, status);
+      HttpAnswer answer = status.is_ok() ? json_answer(openai_body(running.style, fold))
+                                         : error_answer(status, state_.retry_after_seconds());
       co_await send(request, answer);
       co_return;
     }
@@ -222,7 +222,7 @@ HttpSession::Awaitable<void> HttpSession::send_streamed(const HttpRequest& reque
           answered_ = true;
           co_return;
         } else if (!answered_ && payloads.empty()) {
-          HttpAnswer answer = error(request, status);
+          HttpAnswer answer = error_answer(status, state_.retry_after_seconds());
           co_await send(request, answer);
           co_return;
         } else {
@@ -255,7 +255,6 @@ HttpSession::Awaitable<void> HttpSession::send_streamed(const HttpRequest& reque
     }
     bytes += chunked ? http_chunk(events) : events;
     if (done && chunked) bytes += kLastChunk;
-    if (done && closing_) lingers_ = true;
     if (!co_await write_all(bytes)) co_return;
     last_output = Clock::now();
   }

@@ -118,6 +118,7 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::fail(HttpRequest& request
   if (request.framing.request_id.empty()) request.framing.request_id = make_request_id();
   request.framing.keep_alive = false;
   HttpAnswer answer = error(request, status);
+  lingers_ = true;
   co_await send(request, answer);
   co_return Turn::kEnd;
 }
@@ -139,10 +140,7 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::read_request(HttpRequest&
                             "(--header-seconds)");
   }
   if (error == http::error::header_limit || error == http::error::buffer_overflow) {
-    // Nothing of an unfinished head is consumed: its first line tells which part is too long.
-    const std::string_view raw(static_cast<const char*>(buffer_.data().data()), buffer_.size());
-    const bool line_ends = raw.substr(0, kRequestLineRoom).find("\r\n") != std::string_view::npos;
-    if (line_ends) {
+    if (!parser.get().target().empty()) {  // the request line was complete
       co_return co_await fail(request, "headers_too_large",
                               "the headers are too long (--max-header-bytes)");
     }
@@ -195,7 +193,7 @@ HttpSession::Awaitable<HttpSession::Turn> HttpSession::answer_early(HttpRequest&
   if (!parser.is_done()) {
     const bool is_short = parser.content_length() && *parser.content_length() <= kShortBody;
     if (!is_short || expects_continue || answer.close) {
-      answer.close = true;
+      answer.close = lingers_ = true;
     } else if (co_await read_body(request, parser, false) != Turn::kRequest) {
       co_return Turn::kEnd;
     }

@@ -128,7 +128,7 @@ asio::awaitable<void> HttpServer::Impl::refuse(tcp::socket socket, int retry_aft
   const HttpAnswer answer =
       error_answer(Status(StatusCode::kUnavailable, "too_many_connections",
                           "the server has as many connections as it takes (--max-connections)"),
-                   retry_after, "");
+                   retry_after);
   HttpFraming framing;
   framing.keep_alive = false;
   framing.request_id = make_request_id();

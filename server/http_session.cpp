@@ -12,6 +12,7 @@
 #include <boost/asio/use_awaitable.hpp>
 
 #include "kernels/core/log.h"
+#include "server/http_status.h"
 #include "server/simple_endpoints.h"
 
 namespace kvarn {
@@ -86,11 +87,12 @@ HttpSession::Awaitable<void> HttpSession::run() {
     if (turn == Turn::kEnd) break;
     if (turn == Turn::kRequest) co_await answer(request);
   }
-  if (!broken_ && lingers_) co_await linger();
+  if (!broken_ && (lingers_ || buffer_.size() > 0)) co_await linger();
 }
 
 HttpAnswer HttpSession::error(const HttpRequest& request, const Status& status) const {
-  return error_answer(status, state_.retry_after_seconds(), request.framing.request_id);
+  return error_answer(public_error(status, request.framing.request_id),
+                      state_.retry_after_seconds());
 }
 
 HttpSession::Awaitable<void> HttpSession::answer(HttpRequest& request) {
@@ -155,7 +157,7 @@ HttpSession::Awaitable<void> HttpSession::send(const HttpRequest& request, HttpA
   finish(request, answer.status);
   const std::string bytes = write_answer(answer, request.framing);
   co_await write_all(bytes);
-  if (close) closing_ = lingers_ = true;
+  if (close) closing_ = true;
 }
 
 HttpSession::Awaitable<bool> HttpSession::write_all(std::string_view bytes) {

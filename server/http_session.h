@@ -94,7 +94,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   bool output_ready_ = false;         // a TokenStream has something
   bool idle_ = true;                  // between requests
   bool closing_ = false;              // no further request
-  bool lingers_ = false;              // the last answer closes the connection
+  bool lingers_ = false;              // the last answer came before its request was read
   bool broken_ = false;               // the peer is gone or is to be cut: nothing can be written
   bool slow_ = false;                 // it is broken because the peer read too slowly
   bool answered_ = false;             // the present request has its status line

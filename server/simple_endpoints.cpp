@@ -1,5 +1,6 @@
 #include "server/simple_endpoints.h"
 
+#include "server/http_status.h"
 #include "server/info_api.h"
 #include "server/text_api.h"
 
@@ -62,7 +63,7 @@ HttpAnswer answer_simple(ServerState& state, const Endpoint& endpoint, std::stri
   }
   Result<std::string> result = loaded_body(state, endpoint, path, body);
   if (result.is_ok()) return json_answer(std::move(*result));
-  return error_answer(result.status(), state.retry_after_seconds(), request_id);
+  return error_answer(public_error(result.status(), request_id), state.retry_after_seconds());
 }
 
 }  // namespace kvarn
