@@ -70,7 +70,15 @@ class Interpreter {
 
  private:
   enum class Flow : uint8_t { kNormal, kBreak, kContinue };
-  struct Depth;
+
+  // Bounds the recursion of evaluate and execute.
+  struct Depth {
+    explicit Depth(Interpreter& interpreter);
+    ~Depth() { --depth; }
+    Depth(const Depth&) = delete;
+    Depth& operator=(const Depth&) = delete;
+    int& depth;
+  };
 
   void step(int64_t count);
   void emit(std::string_view text);
