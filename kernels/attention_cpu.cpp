@@ -6,7 +6,6 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/hadamard.h"
 #include "kernels/kv_cpu.h"
 #include "kernels/kv_kernels.h"
 
@@ -192,12 +191,10 @@ class Attention {
   }
 
   void finish(const Unit& unit, int head, const Partials& state) const {
-    const int head_dim = layout_.head_dim;
     for (int i = 0; i < unit.rows * group_; ++i) {
       const float* acc = state.acc + int64_t{i} * shape_.padded_dim;
       float* out = params_.out.data<float>() + offset_of(unit, head, i);
-      for (int d = 0; d < head_dim; ++d) out[d] = acc[d] / state.l[i];
-      if (layout_.coded()) hadamard_rotate(out, head_dim);
+      kernels_.finish(shape_, layout_.coded(), acc, state.l[i], out);
     }
   }
 

@@ -134,6 +134,30 @@ class BlockAttention {
     }
   }
 
+  static void finish(const AttendShape& shape, bool rotate, const float* acc, float l, float* out) {
+    if (!rotate) {
+      for (int d = 0; d < shape.head_dim; ++d) out[d] = acc[d] / l;
+      return;
+    }
+    constexpr int kVectors = kN / 16;
+    F x[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = S::div(S::load(acc + 16 * i), S::set1(l));
+      x[i] = S::template butterfly<2>(S::template butterfly<1>(x[i]));
+      x[i] = S::template butterfly<8>(S::template butterfly<4>(x[i]));
+    }
+    for (int half = 1; half < kVectors; half *= 2) {
+      for (int i = 0; i < kVectors; ++i) {
+        if ((i & half) != 0) continue;
+        const F a = x[i], b = x[i + half];
+        x[i] = S::add(a, b);
+        x[i + half] = S::sub(a, b);
+      }
+    }
+    for (int i = 0; i < kVectors; ++i)
+      S::store(out + 16 * i, S::mul(x[i], S::set1(0.08838834764831845f)));  // 1 / sqrt(128)
+  }
+
  private:
   static void expand_record(const TileLayout& tile, const std::byte* record,
                             const ExpandedBlock& out) {

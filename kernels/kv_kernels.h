@@ -60,6 +60,9 @@ struct KvKernels {
                           const Partials& out);
   // into = into merged with the next block's partial.
   void (*merge)(int n, int padded_dim, const Partials& from, const Partials& into);
+  // The attention of one query vector, out [head_dim]: acc / l, rotated back (as hadamard_rotate()
+  // does, bit for bit) if the layout is coded.
+  void (*finish)(const AttendShape& shape, bool rotate, const float* acc, float l, float* out);
 };
 
 // The kernels of this instruction set, which the host must have.

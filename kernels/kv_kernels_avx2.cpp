@@ -12,6 +12,7 @@ const KvKernels kKvKernelsAvx2 = {
     BlockAttention<Avx2>::expand,
     BlockAttention<Avx2>::attend_expanded,
     BlockAttention<Avx2>::merge,
+    BlockAttention<Avx2>::finish,
 };
 
 }  // namespace kvarn::cpu

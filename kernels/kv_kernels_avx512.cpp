@@ -12,6 +12,7 @@ const KvKernels kKvKernelsAvx512 = {
     BlockAttention<Avx512>::expand,
     BlockAttention<Avx512>::attend_expanded,
     BlockAttention<Avx512>::merge,
+    BlockAttention<Avx512>::finish,
 };
 
 }  // namespace kvarn::cpu

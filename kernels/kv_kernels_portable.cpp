@@ -12,6 +12,7 @@ const KvKernels kKvKernelsPortable = {
     BlockAttention<Portable>::expand,
     BlockAttention<Portable>::attend_expanded,
     BlockAttention<Portable>::merge,
+    BlockAttention<Portable>::finish,
 };
 
 }  // namespace kvarn::cpu

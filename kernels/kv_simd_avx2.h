@@ -102,6 +102,15 @@ struct Avx2 {
       for (int r = 0; r < 16; ++r) to[c * stride + r] = block[r][c];
   }
 
+  template <int kHalf>
+  KV_SIMD F butterfly(F x) {
+    if constexpr (kHalf == 8) {
+      return {_mm256_add_ps(x.lo, x.hi), _mm256_sub_ps(x.lo, x.hi)};
+    } else {
+      return {butterfly_8<kHalf>(x.lo), butterfly_8<kHalf>(x.hi)};
+    }
+  }
+
   // The top bit of each 4-bit code flipped, a code is code - 8 in two's complement.
   KV_SIMD Codes load_nibbles(const uint8_t* p) {
     const __m256i flip = _mm256_set1_epi32(static_cast<int>(0x88888888u));
@@ -143,6 +152,15 @@ struct Avx2 {
   }
 
  private:
+  template <int kHalf>
+  KV_SIMD __m256 butterfly_8(__m256 x) {
+    __m256 partner;
+    if constexpr (kHalf == 1) partner = _mm256_permute_ps(x, 0xb1);
+    if constexpr (kHalf == 2) partner = _mm256_permute_ps(x, 0x4e);
+    if constexpr (kHalf == 4) partner = _mm256_permute2f128_ps(x, x, 0x01);
+    constexpr int kUpper = kHalf == 1 ? 0xaa : kHalf == 2 ? 0xcc : 0xf0;
+    return _mm256_blend_ps(_mm256_add_ps(x, partner), _mm256_sub_ps(partner, x), kUpper);
+  }
   KV_SIMD __m256 scale2(__m256 x, __m256 n) {
     const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));

@@ -21,7 +21,7 @@ struct Avx512 {
   using Codes = __m512i;  // 64 bytes of packed codes: 16 lanes of 32 bits
 
   static constexpr int kAccumulators = 24;  // vectors that a loop keeps in registers
-  static constexpr int kGemmRows = 6, kGemmVectors = 4;
+  static constexpr int kGemmRows = 4, kGemmVectors = 4;
 
   KV_SIMD F zero() { return _mm512_setzero_ps(); }
   KV_SIMD F set1(float x) { return _mm512_set1_ps(x); }
@@ -124,6 +124,21 @@ struct Avx512 {
     for (int c = 0; c < 4; ++c)
       for (int group = 0; group < 4; ++group)
         store(to + (4 * group + c) * stride, a[4 * group + c]);
+  }
+
+  // x[i] + x[i + kHalf] in the lanes i whose bit kHalf is 0, x[i] - x[i + kHalf] in the others.
+  template <int kHalf>
+  KV_SIMD F butterfly(F x) {
+    F partner;
+    if constexpr (kHalf == 1) partner = _mm512_permute_ps(x, 0xb1);
+    if constexpr (kHalf == 2) partner = _mm512_permute_ps(x, 0x4e);
+    if constexpr (kHalf == 4) partner = _mm512_shuffle_f32x4(x, x, 0xb1);
+    if constexpr (kHalf == 8) partner = _mm512_shuffle_f32x4(x, x, 0x4e);
+    constexpr __mmask16 kUpper = kHalf == 1   ? 0xaaaa
+                                 : kHalf == 2 ? 0xcccc
+                                 : kHalf == 4 ? 0xf0f0
+                                              : 0xff00;
+    return _mm512_mask_sub_ps(add(x, partner), kUpper, partner, x);
   }
 
   // 4-bit codes: lane j holds elements 8j .. 8j+7, the first in its lowest bits. Values are code

@@ -147,6 +147,24 @@ struct Portable {
       for (int r = 0; r < kLanes; ++r) to[c * stride + r] = block[r][c];
   }
 
+  template <int kHalf>
+  KV_SIMD F butterfly(F x) {
+    if constexpr (kHalf == 8) {
+      return {{x.v[0] + x.v[2], x.v[1] + x.v[3], x.v[0] - x.v[2], x.v[1] - x.v[3]}};
+    } else if constexpr (kHalf == 4) {
+      return {{x.v[0] + x.v[1], x.v[0] - x.v[1], x.v[2] + x.v[3], x.v[2] - x.v[3]}};
+    } else {
+      for (F4& v : x.v) {
+        if constexpr (kHalf == 2) {
+          v = F4{v[0] + v[2], v[1] + v[3], v[0] - v[2], v[1] - v[3]};
+        } else {
+          v = F4{v[0] + v[1], v[0] - v[1], v[2] + v[3], v[2] - v[3]};
+        }
+      }
+      return x;
+    }
+  }
+
   // The top bit of each code flipped, a code is its value minus half the range in two's complement.
   KV_SIMD Codes load_nibbles(const uint8_t* p) { return load_codes(p, 0x88888888u); }
   KV_SIMD F nibble(Codes c) { return low_bits<4>(c); }

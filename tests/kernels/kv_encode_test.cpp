@@ -11,6 +11,7 @@
 
 #include "kernels/hadamard.h"
 #include "kernels/kv_cpu.h"
+#include "kernels/kv_kernels.h"
 #include "tests/kernels/isa_param.h"
 #include "tests/kernels/kv_cache_driver.h"
 #include "tests/kernels/kv_golden.h"
@@ -187,6 +188,16 @@ TEST(HadamardTest, ConformsToTheReferenceBitForBit) {
   for (size_t i = 0; i < x.size(); ++i) x[i] = to_float(in[i]);
   for (size_t row = 0; row < 4; ++row) cpu::hadamard_rotate(&x[row * kN], kN);
   EXPECT_TRUE(bitwise_equal(x, read_golden<float>("rotate_out", size_t{4} * kN)));
+}
+
+TEST_P(KvEncodeTest, TheVectorRotationIsHadamardRotateBitForBit) {
+  const std::vector<float> acc = random_floats(kN, 13);
+  std::vector<float> out(kN), expected(kN);
+  cpu::AttendShape shape{kTileK4V2, kN, kN, 1.f};
+  cpu::kv_kernels(GetParam()).finish(shape, true, acc.data(), 3.7f, out.data());
+  for (size_t d = 0; d < kN; ++d) expected[d] = acc[d] / 3.7f;
+  cpu::hadamard_rotate(expected.data(), kN);
+  EXPECT_TRUE(bitwise_equal(out, expected));
 }
 
 TEST(HadamardTest, IsItsOwnInverseAndKeepsLengths) {
