@@ -128,27 +128,6 @@ KVARN_ALWAYS void block_of(int64_t rows, const typename V::X* x, int64_t k, cons
   block<V, kRows, R, kPrefetch>(x, k, w, y, y_stride);
 }
 
-// All rows [first, last) of x times R rows of W, V::kRows at a time and the last two blocks alike.
-// `from_memory`: this is the first that reads these rows of W.
-template <class V, int R>
-void rows_times(const typename V::X* x, int64_t first, int64_t last, int64_t k,
-                const typename V::W* w, float* y, int64_t y_stride, bool from_memory) {
-  constexpr int64_t kRows = R == 1 ? 1 : V::kRows;
-  for (int64_t row = first; row < last;) {
-    const int64_t left = last - row;
-    const int64_t rows = left >= 2 * kRows ? kRows : left > kRows ? (left + 1) / 2 : left;
-    const typename V::X* x_rows = x + row * packed_row<V>(k);
-    float* y_rows = y + row * y_stride;
-    if (from_memory) {
-      block_of<V, kRows, R, true>(rows, x_rows, k, w, y_rows, y_stride);
-      from_memory = false;
-    } else {
-      block_of<V, kRows, R, false>(rows, x_rows, k, w, y_rows, y_stride);
-    }
-    row += rows;
-  }
-}
-
 template <class V>
 void compute_vector(const LinearJob& job, int64_t first, int64_t last) {
   using W = typename V::W;
@@ -166,20 +145,37 @@ void compute_vector(const LinearJob& job, int64_t first, int64_t last) {
     }
     return;
   }
-  // Rows of x in groups that stay in L2 while the columns pass by.
-  constexpr int64_t kGroupBytes = 1 << 20;
-  const int64_t row_bytes = packed_row<V>(k) * static_cast<int64_t>(sizeof(X));
-  const int64_t group = std::max<int64_t>(V::kRows, kGroupBytes / row_bytes / V::kRows * V::kRows);
-  for (int64_t row = 0; row < job.rows; row += group) {
-    const int64_t row_end = std::min(row + group, job.rows);
-    int64_t column = first;
-    for (; column + V::kColumns <= last; column += V::kColumns) {
-      rows_times<V, V::kColumns>(x, row, row_end, k, weight + column * k, job.y + column,
-                                 job.y_stride, row == 0);
-    }
-    for (; column < last; ++column) {
-      rows_times<V, 1>(x, row, row_end, k, weight + column * k, job.y + column, job.y_stride,
-                       row == 0);
+  // Columns in groups whose weights stay in L2, and few rows of x in L1 while the columns pass by.
+  // With few rows in all the weights are the stream: each panel stays in L1 until all rows had it.
+  constexpr int64_t kGroupBytes = 1 << 18, kFewRows = 16;
+  const int64_t column_bytes = k * static_cast<int64_t>(sizeof(W));
+  const int64_t fitting = kGroupBytes / column_bytes / V::kColumns * V::kColumns;
+  const int64_t group =
+      job.rows <= kFewRows ? V::kColumns : std::max<int64_t>(V::kColumns, fitting);
+  for (int64_t column = first; column < last; column += group) {
+    const int64_t end = std::min(column + group, last);
+    for (int64_t row = 0; row < job.rows;) {
+      const int64_t left = job.rows - row;
+      const int64_t rows = left >= 2 * V::kRows ? V::kRows
+                           : left > V::kRows    ? (left + 1) / 2
+                                                : left;
+      const X* x_rows = x + row * packed_row<V>(k);
+      float* y = job.y + row * job.y_stride;
+      const bool from_memory = row == 0;
+      int64_t c = column;
+      for (; c + V::kColumns <= end; c += V::kColumns) {
+        if (from_memory) {
+          block_of<V, V::kRows, V::kColumns, true>(rows, x_rows, k, weight + c * k, y + c,
+                                                   job.y_stride);
+        } else {
+          block_of<V, V::kRows, V::kColumns, false>(rows, x_rows, k, weight + c * k, y + c,
+                                                    job.y_stride);
+        }
+      }
+      for (; c < end; ++c) {
+        block_of<V, V::kRows, 1, false>(rows, x_rows, k, weight + c * k, y + c, job.y_stride);
+      }
+      row += rows;
     }
   }
 }

@@ -164,8 +164,8 @@ TEST_P(LinearTest, ARowHasTheSameBitsAloneAndInEveryBatch) {
   }
 }
 
-TEST_P(LinearTest, GroupsOfRowsThatLeaveTheCacheGiveTheSameBits) {
-  // Packed x beyond the 1 MiB that is kept in L2 at once: the loops over rows start again.
+TEST_P(LinearTest, WorkThatLeavesTheCacheGivesTheSameBits) {
+  // More packed x than is kept in L2 at once, and more weights: the loops over both start again.
   ThreadPool pool(2);
   const int64_t rows = 200, n = 37, k = 4100;
   const std::vector<float> x = test::random_floats(static_cast<size_t>(rows * k), 3);
