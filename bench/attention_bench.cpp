@@ -83,22 +83,26 @@ struct Row {
   const char* what;
   KvFormat format;
   int group, context, rows, threads;
-  double us;    // of one layer
-  double gb_s;  // page bytes of one layer / time
+  double us;        // of one layer
+  double gb_s;      // page bytes of one layer / time
+  double gflops_s;  // q k^T and p v over the causal pairs / time
 };
 
 void print(const Row& r, bool json) {
   if (json) {
     std::printf(
         "{\"op\": \"%s\", \"format\": \"%s\", \"group\": %d, \"context\": %d, \"rows\": %d, "
-        "\"threads\": %d, \"us_per_layer\": %.2f, \"gb_per_s\": %.2f}\n",
-        r.what, kv_format_name(r.format), r.group, r.context, r.rows, r.threads, r.us, r.gb_s);
+        "\"threads\": %d, \"us_per_layer\": %.2f, \"gb_per_s\": %.2f, "
+        "\"gflop_per_s\": %.1f}\n",
+        r.what, kv_format_name(r.format), r.group, r.context, r.rows, r.threads, r.us, r.gb_s,
+        r.gflops_s);
   } else {
     std::printf(
-        "%-8s %-16s G %d  context %6d  rows %4d  threads %d  %10.1f us/layer  %6.1f GB/s"
+        "%-8s %-16s G %d  context %6d  rows %4d  threads %d  %10.1f us/layer  %6.1f GB/s  %7.1f "
+        "GFLOP/s"
         "  %9.1f tokens/s (28 layers)\n",
         r.what, kv_format_name(r.format), r.group, r.context, r.rows, r.threads, r.us, r.gb_s,
-        r.rows * 1e6 / (r.us * 28));
+        r.gflops_s, r.rows * 1e6 / (r.us * 28));
   }
   std::fflush(stdout);
 }
@@ -142,7 +146,8 @@ Row run_attention(const Cache& cache, int group, int context, int rows, ThreadPo
           rows,
           pool.size(),
           best * 1e6,
-          static_cast<double>(cache.layer_bytes) / best * 1e-9};
+          static_cast<double>(cache.layer_bytes) / best * 1e-9,
+          4e-9 * kHeadDim * q_heads * rows * (context + 0.5 * (rows + 1)) / best};
 }
 
 int layers_for(int tokens) {
