@@ -94,8 +94,11 @@ void OutputParser::on_marker_token(Marker marker, const TextPiece& piece,
   const std::string text = std::exchange(marker_text_, {});
   const std::string_view spelling =
       marker == Marker::kOpen ? format_->think_open : format_->think_close;
-  const bool whole = std::string_view(text).ends_with(spelling);
-  const size_t length = whole ? spelling.size() : possible_prefix(text, spelling);
+  // Without text it is a special token that the detokeniser skipped.
+  const bool whole = text.empty() || std::string_view(text).ends_with(spelling);
+  const size_t length = text.empty() ? 0
+                        : whole      ? spelling.size()
+                                     : possible_prefix(text, spelling);
   const std::string_view before = std::string_view(text).substr(0, text.size() - length);
   on_text(before, position_ - length, deltas);
   if (whole) on_marker(marker, position_ - length, deltas);

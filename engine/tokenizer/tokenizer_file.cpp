@@ -19,7 +19,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMaxId = (int64_t{1} << 24) - 1;                 // far above any vocabulary
+constexpr int64_t kMaxId = (int64_t{1} << 21) - 1;                 // far above any vocabulary
 constexpr std::streamoff kMaxFileBytes = std::streamoff{1} << 29;  // far above any tokenizer.json
 
 // GPT-2's pattern, which ByteLevel applies itself with use_regex: true.

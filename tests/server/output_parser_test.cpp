@@ -154,6 +154,15 @@ TEST(OutputParserTest, AMarkerThatAStopStringCutNeverReachesTheClient) {
   EXPECT_EQ(parser.unaccounted_tokens(), 1);
 }
 
+TEST(OutputParserTest, MarkersThatTheDetokeniserSkippedAsSpecialStillCount) {
+  const OutputFormat format = by_id();
+  const Fold fold =
+      parse(format, State::kStart, {{kOpen, ""}, text("r"), {kClose, ""}, text("\nc")});
+  EXPECT_EQ(fold.reasoning, "r");
+  EXPECT_EQ(fold.content, "c");
+  EXPECT_EQ(fold.reasoning_tokens, 3);
+}
+
 TEST(OutputParserTest, ACharacterThatAMarkerCutOffStaysBeforeIt) {
   const OutputFormat format = by_id();
   const Fold fold = parse(format, State::kReasoning,
