@@ -2,7 +2,8 @@
 // tokens, decode of one and of eight sequences, decode at a context of 4096 with fp16 and with
 // KVarN pages (PERFORMANCE rows 20 and 21). Times are of Model::forward() and sampling; the tokens
 // are random, the pages hold what a real prefill wrote.
-//   kvarn_model_bench [--shape qwen3-0.6b] [--threads N] [--isa NAME] [--fp32-activations]
+//   kvarn_model_bench [--shape qwen3-0.6b | --model DIR] [--threads N] [--isa NAME]
+//   [--fp32-activations]
 //                     [--only NAME] [--cpu-time] [--json]
 #include <time.h>
 
@@ -231,6 +232,10 @@ int run(int argc, char** argv) {
       options.threads = std::atoi(value().c_str());
     } else if (flag == "--shape") {
       source.shape = value();
+    } else if (flag == "--model") {
+      source.path = value();
+      source.format = LoadFormat::kAuto;
+      source.shape.clear();
     } else if (flag == "--fp32-activations") {
       options.fp32_activations = true;
     } else if (flag == "--cpu-time") {
@@ -254,7 +259,7 @@ int run(int argc, char** argv) {
       }
     } else {
       std::fprintf(stderr,
-                   "usage: %s [--shape qwen3-0.6b] [--threads N] [--isa NAME] "
+                   "usage: %s [--shape qwen3-0.6b | --model DIR] [--threads N] [--isa NAME] "
                    "[--fp32-activations] [--only NAME] [--cpu-time] [--json]\n",
                    argv[0]);
       return 2;
