@@ -28,7 +28,7 @@ def parse_arguments():
     parser.add_argument("--binary", default=str(ROOT / "build/release/bin/kvarn"), help="the server to start")
     parser.add_argument("--model", default=str(ROOT / "assets/demo-model"), help="directory of the model to serve")
     parser.add_argument("--kv-cache-dtype", default="auto", help="KV format of the server")
-    parser.add_argument("--kv-memory", default="256MiB", help="KV pool: small enough that requests wait and preempt")
+    parser.add_argument("--kv-memory", default="96MiB", help="KV pool: small, so that requests wait for pages and all of it is touched early")
     parser.add_argument("--requests", type=int, default=2000, help="streaming requests")
     parser.add_argument("--concurrency", type=int, default=256, help="at once")
     parser.add_argument("--cancelled", type=float, default=0.2, help="share that is cancelled at a random moment")
