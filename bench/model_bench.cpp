@@ -3,8 +3,7 @@
 // KVarN pages (PERFORMANCE rows 20 and 21). Times are of Model::forward() and sampling; the tokens
 // are random, the pages hold what a real prefill wrote.
 //   kvarn_model_bench [--shape qwen3-0.6b | --model DIR] [--threads N] [--isa NAME]
-//   [--fp32-activations]
-//                     [--only NAME] [--cpu-time] [--json]
+//                     [--fp32-activations] [--only NAME] [--cpu-time] [--json]
 #include <time.h>
 
 #include <algorithm>
