@@ -65,16 +65,22 @@ struct Loaded {
 };
 
 Status load(const EngineConfig& engine_config, ServerState& state, Loaded& loaded) {
-  KVARN_ASSIGN_OR_RETURN(loaded.engine, load_engine(engine_config, &state.metrics));
-  if (loaded.engine.tokenizer_path.empty()) {
+  // The texts first: they are read in no time, weights are not.
+  if (engine_config.model.empty()) {
     return Status::invalid_argument(
         "serving needs a tokenizer: give --model a directory with config.json and tokenizer.json "
         "(its weights may be random with --load-format dummy)");
   }
+  const std::filesystem::path directory = engine_config.model;
+  std::error_code error;
+  if (!std::filesystem::is_directory(directory, error)) {
+    return load_engine(engine_config, nullptr).status();  // it knows what to say about --model
+  }
   GenerationService::Parts parts;
   parts.config = state.config;
-  KVARN_ASSIGN_OR_RETURN(parts.tokenizer, Tokenizer::load(loaded.engine.tokenizer_path));
-  KVARN_ASSIGN_OR_RETURN(parts.chat_template, load_chat_template(loaded.engine.model_dir));
+  KVARN_ASSIGN_OR_RETURN(parts.tokenizer, Tokenizer::load(directory / "tokenizer.json"));
+  KVARN_ASSIGN_OR_RETURN(parts.chat_template, load_chat_template(directory));
+  KVARN_ASSIGN_OR_RETURN(loaded.engine, load_engine(engine_config, &state.metrics));
   KVARN_ASSIGN_OR_RETURN(parts.model, make_model_info(engine_config, state.config, loaded.engine,
                                                       *parts.tokenizer, parts.chat_template.get()));
   parts.engine = loaded.engine.engine.get();
@@ -82,6 +88,12 @@ Status load(const EngineConfig& engine_config, ServerState& state, Loaded& loade
   state.metrics.set_model(parts.model);
   state.set_service(std::make_shared<GenerationService>(std::move(parts)));
   return Status::ok();
+}
+
+// Host and port as a URL has them: an IPv6 address in brackets.
+std::string address(const std::string& host, int port) {
+  return host.find(':') == std::string::npos ? fmt::format("{}:{}", host, port)
+                                             : fmt::format("[{}]:{}", host, port);
 }
 
 void print_plan(const ModelInfo& model, const MemoryPlan& plan) {
@@ -152,8 +164,8 @@ int run_server(const EngineConfig& engine_config, const ServerConfig& server_con
   }
   state.health.set(HealthState::kOk);
   print_plan(state.service()->model(), loaded.engine.memory_plan);
-  say(fmt::format("http    http://{}:{}", server_config.host, (*http)->port()));
-  if (grpc != nullptr) say(fmt::format("grpc    {}:{}", server_config.host, grpc->port()));
+  say("http    http://" + address(server_config.host, (*http)->port()));
+  if (grpc != nullptr) say("grpc    " + address(server_config.host, grpc->port()));
   say("ready");
 
   while (wait_for_signal(kWatchNanoseconds) == 0) {

@@ -1,6 +1,7 @@
 // The generating endpoints on a connection: start the generation off the I/O thread, then fold or
 // stream its deltas while watching for the client's departure.
 #include <exception>
+#include <typeinfo>
 
 #include <fmt/format.h>
 #include <boost/asio/as_tuple.hpp>
@@ -150,8 +151,8 @@ HttpSession::Awaitable<void> HttpSession::run_generation(HttpRequest& request) {
     // A cancelled wait after the peer left comes here too.
     failed = !broken_;
     if (failed) {
-      log_error(fmt::format("http label={} internal error: {}", shared_request->framing.request_id,
-                            failure.what()));
+      log_error(fmt::format("http label={} internal_error={}", shared_request->framing.request_id,
+                            typeid(failure).name()));
     }
   }
   if (failed && !answered_) {

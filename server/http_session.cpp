@@ -1,6 +1,7 @@
 #include "server/http_session.h"
 
 #include <exception>
+#include <typeinfo>
 
 #include <fmt/format.h>
 #include <boost/asio/as_tuple.hpp>
@@ -115,8 +116,8 @@ HttpSession::Awaitable<void> HttpSession::answer(HttpRequest& request) {
       work();
     }
   } catch (const std::exception& failure) {
-    log_error(fmt::format("http label={} internal error: {}", request.framing.request_id,
-                          failure.what()));
+    log_error(fmt::format("http label={} internal_error={}", request.framing.request_id,
+                          typeid(failure).name()));
     failed = true;
   }
   if (failed) answer = error(request, Status::internal("exception"));
