@@ -28,6 +28,17 @@ std::optional<uint64_t> read_number(const std::filesystem::path& path) {
   return text ? leading_number(*text) : std::nullopt;
 }
 
+// File pages that the kernel drops before it kills anybody: mapped weights just read would
+// otherwise count as taken. "name value" lines; 0 where the name is missing.
+uint64_t stat_value(const std::filesystem::path& stat, std::string_view name) {
+  std::ifstream in(stat);
+  std::string key;
+  for (uint64_t value = 0; in >> key >> value;) {
+    if (key == name) return value;
+  }
+  return 0;
+}
+
 }  // namespace
 
 std::optional<uint64_t> parse_mem_available(std::string_view meminfo) {
@@ -42,13 +53,16 @@ std::optional<uint64_t> parse_mem_available(std::string_view meminfo) {
 std::optional<uint64_t> cgroup_memory_left(const std::filesystem::path& cgroup) {
   std::optional<uint64_t> limit = read_number(cgroup / "memory.max");
   std::optional<uint64_t> usage = read_number(cgroup / "memory.current");
+  uint64_t reclaimable = stat_value(cgroup / "memory.stat", "inactive_file");
   if (!limit || !usage) {
     limit = read_number(cgroup / "memory" / "memory.limit_in_bytes");
     usage = read_number(cgroup / "memory" / "memory.usage_in_bytes");
+    reclaimable = stat_value(cgroup / "memory" / "memory.stat", "total_inactive_file");
   }
   constexpr uint64_t kUnlimited = uint64_t{1} << 60;  // version 1 writes a huge number for none
   if (!limit || !usage || *limit >= kUnlimited) return std::nullopt;
-  return *limit > *usage ? *limit - *usage : 0;
+  const uint64_t held = *usage - std::min(*usage, reclaimable);
+  return *limit > held ? *limit - held : 0;
 }
 
 uint64_t available_host_memory() {

@@ -185,7 +185,9 @@ bool Scheduler::try_plan_chunk(Sequence& s, StepPlan& plan) {
   add_rows(plan, plan.prefills, {&s, first, end - first, sample});
   plan.prefill_rows += end - first;
   if (blocks_.layout().coded()) {
-    plan.tiles_encoded += end / kBlockTokens - std::max(first / kBlockTokens, kSinkBlocks);
+    // A chunk that ends inside the sink encodes nothing.
+    plan.tiles_encoded +=
+        std::max(end / kBlockTokens - std::max(first / kBlockTokens, kSinkBlocks), 0);
   }
   return true;
 }

@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "engine/config.h"
 #include "engine/kv_capacity.h"
 #include "engine/tokenizer/tokenizer.h"
 #include "server/build_info.h"
@@ -263,7 +264,7 @@ Result<ModelInfo> make_model_info(const EngineConfig& engine_config,
   info.tensor_parallel_size = engine_config.tensor_parallel_size;
   info.max_num_seqs = engine_config.max_num_seqs;
   info.max_queued_requests = engine_config.max_queued_requests;
-  info.max_num_batched_tokens = engine_config.max_num_batched_tokens;
+  info.max_num_batched_tokens = token_budget(engine_config);
   info.enable_prefix_caching = engine_config.enable_prefix_caching;
   info.gpu_memory_utilization = engine_config.gpu_memory_utilization;
   info.created = std::chrono::duration_cast<std::chrono::seconds>(

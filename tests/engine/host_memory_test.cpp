@@ -27,6 +27,14 @@ TEST(HostMemoryTest, AControlGroupLeavesItsLimitMinusItsUsage) {
   EXPECT_EQ(cgroup_memory_left(dir.path()), 0u);
 }
 
+TEST(HostMemoryTest, CachedFilePagesDoNotCountAsTaken) {
+  const test::TempDir dir;
+  test::write_file(dir.path() / "memory.current", "800\n");
+  test::write_file(dir.path() / "memory.max", "1000\n");
+  test::write_file(dir.path() / "memory.stat", "anon 200\ninactive_file 500\nactive_file 100\n");
+  EXPECT_EQ(cgroup_memory_left(dir.path()), 700u);
+}
+
 TEST(HostMemoryTest, VersionOneFilesAndItsWayToSayUnlimitedAreKnown) {
   const test::TempDir dir;
   std::filesystem::create_directory(dir.path() / "memory");

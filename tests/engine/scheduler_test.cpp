@@ -78,6 +78,14 @@ TEST(SchedulerTest, ASequencePreemptedOnABorderEncodesItsLastBlockAndHitsIt) {
   driver.expect_true_tokens(handle, 40);
 }
 
+TEST(SchedulerTest, APromptInsideTheSinkEncodesNoTile) {
+  CoreDriver driver({}, with_budget(256));
+  const auto handle = driver.add(make_prompt(20), 4);
+  driver.run_all();
+  EXPECT_EQ(driver.core().stats().tiles_encoded, 0u);
+  driver.expect_true_tokens(handle, 4);
+}
+
 TEST(SchedulerTest, Fp16SharesFullBlocksExact) {
   CoreDriver driver({.format = KvFormat::kFp16}, with_budget(256));
   const auto first = driver.add(make_prompt(400), 4);
