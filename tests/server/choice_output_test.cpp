@@ -159,7 +159,8 @@ TEST(ChoiceOutput, GivesIdsWithoutTextWhereNoneIsWanted) {
 }
 
 TEST(ChoiceOutput, OfNoTokensIsAFinishOnly) {
-  ChoiceOutput choice(0, tokenizer(), format(), OutputParser::State::kStart, {});
+  const OutputRules rules;
+  ChoiceOutput choice(0, tokenizer(), format(), OutputParser::State::kStart, rules);
   std::vector<Delta> deltas;
   choice.push(event(-1, FinishReason::kLength), deltas);
   ASSERT_EQ(deltas.size(), 1u);

@@ -186,7 +186,8 @@ TEST(TokenStream, LosesNothingBetweenAWriterAndAReader) {
   std::mt19937 random(3);
   std::string content[2], reasoning[2];
   for (int i = 0; i < kTokens; ++i) {
-    (random() % 5 == 0 ? reasoning : content)[i % 2] += std::to_string(i) + ",";
+    std::string* const kind = random() % 5 == 0 ? reasoning : content;
+    kind[i % 2] += std::to_string(i) + ",";
   }
   for (size_t choice = 0; choice < 2; ++choice) {
     EXPECT_EQ(fold.choices()[choice].content, content[choice]);
