@@ -65,7 +65,7 @@ Status unknown_argument(const CommandSpec& command, const Settings& settings,
         "--{} is not a flag of kvarn {}; see kvarn {} --help", name, command.name, command.name));
   }
   return Status::invalid_argument(fmt::format(
-      "unknown flag --{}{}; see kvarn {} --help", name,
+      "unknown flag --{}{} (kvarn {} --help lists all)", name,
       nearest.empty() ? "" : fmt::format("; did you mean --{}?", nearest), command.name));
 }
 

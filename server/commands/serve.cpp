@@ -29,6 +29,9 @@ int run_serve(const Invocation& invocation) {
   Settings settings;
   settings.add(engine, "Engine");
   settings.add(server, "Server");
+  for (Setting& setting : settings.all()) {
+    if (setting.name.starts_with("grpc-")) setting.group = "gRPC";
+  }
   if (const auto exit_code = prepare(kServe, settings, invocation)) return *exit_code;
   if (const Status status = engine.validate(); !status.is_ok()) {
     return fail(kServe.name, with_source(status, settings), kExitUsage);

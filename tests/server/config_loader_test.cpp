@@ -98,7 +98,7 @@ TEST_F(ConfigLoaderTest, ASwitchHasAPositiveAndANegativeFlagAndTheLastOneCounts)
 
 TEST_F(ConfigLoaderTest, AMisspeltFlagNamesTheNearestOne) {
   EXPECT_THAT(error({"--max-num-seq", "4"}),
-              AllOf(HasSubstr("unknown flag --max-num-seq;"), HasSubstr("--max-num-seqs?")));
+              AllOf(HasSubstr("unknown flag --max-num-seq; did"), HasSubstr("--max-num-seqs?")));
   EXPECT_THAT(error({"--max_model_len=5"}), HasSubstr("did you mean --max-model-len?"));
   EXPECT_THAT(error({"--no-prefix-caching"}), HasSubstr("--no-enable-prefix-caching"));
   EXPECT_THAT(error({"--zzzzzzzzzz"}), AllOf(HasSubstr("--zzzzzzzzzz"), Not(HasSubstr("mean"))));
