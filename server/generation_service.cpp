@@ -260,8 +260,10 @@ Result<Generation> GenerationService::generate(GenerateRequest request) {
                            .count();
   generation.num_prompts = static_cast<int32_t>(prompts.size());
   generation.n = static_cast<int32_t>(request.sampling.n.value_or(1));
-  generation.stream = std::make_shared<TokenStream>(static_cast<size_t>(impl.config.outbox_bytes),
-                                                    &impl.metrics.outbox_bytes());
+  // Only a client that reads while the answer is made can be too slow for it.
+  const size_t outbox_bytes = request.streamed ? static_cast<size_t>(impl.config.outbox_bytes)
+                                               : std::numeric_limits<size_t>::max();
+  generation.stream = std::make_shared<TokenStream>(outbox_bytes, &impl.metrics.outbox_bytes());
 
   std::vector<EngineRequest> engine_requests;
   std::vector<OutputPlan> plans;

@@ -22,11 +22,12 @@ using Clock = std::chrono::steady_clock;
 
 // Parses and submits: what both generating calls do before their first byte.
 Result<Generation> start_generation(ServerState& state, const GrpcCall& call,
-                                    const v1::GenerateRequest& proto,
+                                    const v1::GenerateRequest& proto, bool streamed,
                                     std::shared_ptr<GenerationService>& service) {
   KVARN_ASSIGN_OR_RETURN(service, state.admit());
   KVARN_ASSIGN_OR_RETURN(GenerateRequest request,
                          grpc_convert::to_request(proto, state.config.max_json_depth));
+  request.streamed = streamed;
   request.label = call.label();
   request.trace_id = call.trace_id();
   request.deadline = call.deadline();
@@ -61,7 +62,8 @@ class GenerateReactor : public grpc::ServerUnaryReactor,
 
  private:
   void begin(ServerState& state, const v1::GenerateRequest& request) {
-    Result<Generation> generation = start_generation(state, call_, request, service_);
+    Result<Generation> generation =
+        start_generation(state, call_, request, /*streamed=*/false, service_);
     if (!generation.is_ok()) {
       Finish(call_.finish(generation.status()));
       return;
@@ -158,7 +160,8 @@ class GenerateStreamReactor : public grpc::ServerWriteReactor<v1::GenerateRespon
 
  private:
   void begin(ServerState& state, const v1::GenerateRequest& request) {
-    Result<Generation> generation = start_generation(state, call_, request, service_);
+    Result<Generation> generation =
+        start_generation(state, call_, request, /*streamed=*/true, service_);
     if (!generation.is_ok()) {
       finish(generation.status());
       return;

@@ -176,6 +176,20 @@ TEST(HttpDisconnectStorm, LeavesNothingBehind) {
   EXPECT_EQ(serving.state.metrics.outbox_bytes().load(), 0);
 }
 
+TEST(HttpSlowReader, AnAnswerThatIsNotStreamedHasNoReaderToBeSlow) {
+  ServingOptions options;
+  options.server.outbox_bytes = 1024;
+  Serving serving(options);
+  serving.script(1, "end");
+  const std::string prompt(2000, 'x');  // echoed as one delta, larger than the outbox
+  const json answer =
+      json::parse(post_json(serving.port(), "/v1/completions",
+                            R"({"echo":true,"seed":1,"max_tokens":50,"prompt":")" + prompt + "\"}")
+                      .body);
+  ASSERT_TRUE(answer.contains("choices")) << answer;
+  EXPECT_EQ(answer["choices"][0]["text"], prompt + "end");
+}
+
 TEST(HttpSlowReader, IsDroppedAtTheBoundWhileOthersGoOn) {
   ServingOptions options;
   options.server.outbox_bytes = 64 * 1024;
