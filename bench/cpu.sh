@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU figures of PERFORMANCE rows 20 to 22: our model and linear benches and llama.cpp in turn,
+# The CPU figures of docs/performance.md: our model and linear benches and llama.cpp in turn,
 # in one run on one machine, written to bench/results/cpu-<processor>.json. Best on an idle machine;
 # about ten minutes on two cores.
 #   bench/cpu.sh [--cache DIR] [--peer-python PYTHON] [--build DIR] [--threads N] [--rounds N]

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Runs our CPU benches and llama.cpp in turn, round by round, and writes bench/results/cpu-*.json
-(PERFORMANCE section 7, rule 9). Called by bench/cpu.sh; standard library only.
+(docs/performance.md says how to read them). Called by bench/cpu.sh; standard library only.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 // linear() on the shapes of a Qwen3 model, cold weights, beside the read bandwidth of the same
-// machine in the same run (PERFORMANCE row 22: GEMV at 80 % of it) and the largest GEMM rate.
+// machine in the same run (docs/performance.md: GEMV is to reach 80 % of it) and the largest GEMM rate.
 //   kvarn_linear_bench [--threads N] [--isa NAME] [--shape 0.6b|8b] [--rows N] [--best] [--json]
 // Weights of all layers are walked in turn, so that no matrix is in cache when its turn comes.
 #include <algorithm>

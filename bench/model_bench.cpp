@@ -1,6 +1,6 @@
 // A model with random weights on the CPU backend, without server and scheduler: prefill of 512
 // tokens, decode of one and of eight sequences, decode at a context of 4096 with fp16 and with
-// KVarN pages (PERFORMANCE rows 20 and 21). Times are of Model::forward() and sampling; the tokens
+// KVarN pages (docs/performance.md). Times are of Model::forward() and sampling; the tokens
 // are random, the pages hold what a real prefill wrote.
 //   kvarn_model_bench [--shape qwen3-0.6b | --model DIR] [--threads N] [--isa NAME]
 //                     [--fp32-activations] [--only NAME] [--cpu-time] [--json]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""llama.cpp on the workloads of model_bench.cpp: the CPU peer of PERFORMANCE row 20.
+"""llama.cpp on the workloads of model_bench.cpp: the CPU peer of docs/performance.md.
 
 Writes a GGUF of Qwen3's public shape with random bf16 weights (once, to --cache), then times
 llama_decode() on it: prefill of 512 tokens, decode of one and of eight sequences, decode at a

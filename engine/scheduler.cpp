@@ -10,8 +10,8 @@
 
 namespace kvarn {
 
-// Cached blocks are coded, so a window of exact rows would be missing after a hit (DESIGN, "the
-// price of W > 0").
+// Cached blocks are coded, so a window of exact rows would be missing after a hit (docs/kvarn.md,
+// "the price of W > 0").
 static_assert(kWindowTokens == 0, "sharing and recompute need the window's exact rows");
 
 Scheduler::Scheduler(const SchedulerLimits& limits, BlockManager& blocks)

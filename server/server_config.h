@@ -101,7 +101,7 @@ struct ServerConfig {
   Status validate(const EngineConfig& engine) const;
 };
 
-// A flag that API.md names for a stage that is not built. Giving it refuses to start: an --api-key
+// A flag that docs/api.md names for a stage that is not built. Giving it refuses to start: an --api-key
 // that guards nothing would be worse than none.
 struct UnsupportedFlag {
   std::string_view name;    // without dashes
