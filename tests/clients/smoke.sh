@@ -8,6 +8,7 @@ http=${KVARN_HTTP:-http://127.0.0.1:8000}
 export KVARN_HTTP=$http KVARN_GRPC=${KVARN_GRPC:-127.0.0.1:8001}
 
 fail() { echo "smoke: FAILED: $*" >&2; exit 1; }
+command -v curl > /dev/null || { echo "smoke: needs curl (apt-get install curl)" >&2; exit 1; }
 step() { printf 'smoke: %-52s' "$*"; }
 ok() { echo ok; }
 # curl_status EXPECTED ARGS...: the body goes to $body
