@@ -20,6 +20,11 @@ std::atomic<int64_t> g_allocations{0};
   if (data == nullptr) throw std::bad_alloc();
   return data;
 }
+// Whoever asks without exceptions (std::stable_sort) must get memory that delete can free, too.
+[[gnu::noinline]] void* operator new(size_t bytes, const std::nothrow_t& /*tag*/) noexcept {
+  g_allocations.fetch_add(1, std::memory_order_relaxed);
+  return std::malloc(bytes == 0 ? 1 : bytes);
+}
 [[gnu::noinline]] void operator delete(void* data) noexcept { std::free(data); }
 [[gnu::noinline]] void operator delete(void* data, size_t) noexcept { std::free(data); }
 
