@@ -20,7 +20,6 @@ from sse_client import HttpError, fetch, metrics, stream
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTLE_SECONDS = 30          # for gauges to return to zero after the last answer
-MEMORY_SLACK_BYTES = 8 << 20  # what "flat" allows between the first 500 requests and the end: buffers of the allocator
 
 
 def parse_arguments():
@@ -34,6 +33,8 @@ def parse_arguments():
     parser.add_argument("--cancelled", type=float, default=0.2, help="share that is cancelled at a random moment")
     parser.add_argument("--prompts", type=int, default=40, help="different prompts")
     parser.add_argument("--max-tokens", type=int, default=24, help="most tokens of an answer")
+    parser.add_argument("--memory-slack-mib", type=int, default=8,
+                        help="growth after them that is still flat: buffers of the allocator")
     parser.add_argument("--warm-requests", type=int, default=500, help="memory must be flat after so many")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and cancels")
     parser.add_argument("--out", default="", help="write the result as JSON to this file")
@@ -225,7 +226,7 @@ async def main():
     if leaked or re.search(r"leaked", log):
         failures.append(f"{leaked} B of leaked pages; reports in the log: {re.findall('.*leaked.*', log)[:3]}")
     growth = memory["end"] - memory["warm"]
-    if growth > MEMORY_SLACK_BYTES:
+    if growth > options.memory_slack_mib << 20:
         failures.append(f"resident memory grew by {growth >> 20} MiB after the first {options.warm_requests}")
     if exit_code != 0:
         failures.append(f"the server ended with exit code {exit_code}")

@@ -89,6 +89,7 @@ HttpSession::Awaitable<bool> HttpSession::wait_for_first_byte() {
     if (closing_ || co_await read_some(until) != Read::kData) co_return false;
   }
   idle_ = false;
+  served_ = true;
   co_return true;
 }
 

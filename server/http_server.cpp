@@ -38,7 +38,7 @@ class HttpServer::Impl {
   ~Impl() { stop(std::chrono::milliseconds(0)); }
 
   Status listen();
-  void close_idle();
+  void close_idle(bool also_fresh);
   void stop(std::chrono::milliseconds grace);
   int port() const { return port_; }
 
@@ -142,9 +142,9 @@ asio::awaitable<void> HttpServer::Impl::refuse(tcp::socket socket, int retry_aft
   co_await wait.async_wait(asio::as_tuple(asio::use_awaitable));
 }
 
-void HttpServer::Impl::close_idle() {
+void HttpServer::Impl::close_idle(bool also_fresh) {
   const std::lock_guard lock(mutex_);
-  for (const auto& session : sessions_) session->close_when_idle();
+  for (const auto& session : sessions_) session->close_when_idle(also_fresh);
 }
 
 void HttpServer::Impl::stop(std::chrono::milliseconds grace) {
@@ -154,7 +154,7 @@ void HttpServer::Impl::stop(std::chrono::milliseconds grace) {
     error_code ignored;
     acceptor_.close(ignored);
   });
-  close_idle();
+  close_idle(/*also_fresh=*/true);
   {
     std::unique_lock lock(mutex_);
     session_closed_.wait_for(lock, grace, [this] { return sessions_.empty(); });
@@ -176,7 +176,7 @@ Result<std::unique_ptr<HttpServer>> HttpServer::start(ServerState& state) {
 }
 
 int HttpServer::port() const { return impl_->port(); }
-void HttpServer::close_idle() { impl_->close_idle(); }
+void HttpServer::close_idle() { impl_->close_idle(/*also_fresh=*/false); }
 void HttpServer::stop(std::chrono::milliseconds grace) { impl_->stop(grace); }
 
 }  // namespace kvarn

@@ -64,8 +64,9 @@ void HttpSession::start(std::function<void()> on_closed) {
       });
 }
 
-void HttpSession::close_when_idle() {
-  asio::post(socket_.get_executor(), [self = shared_from_this()] {
+void HttpSession::close_when_idle(bool also_fresh) {
+  asio::post(socket_.get_executor(), [self = shared_from_this(), also_fresh] {
+    if (!self->served_ && !also_fresh) return;
     self->closing_ = true;
     error_code ignored;
     if (self->idle_) self->socket_.cancel(ignored);

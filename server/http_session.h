@@ -37,7 +37,9 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   // Serves until the connection ends, then calls `on_closed` on the strand.
   void start(std::function<void()> on_closed);
   // Thread-safe. Ends the connection if it waits for a request; else after the present answer.
-  void close_when_idle();
+  // `also_fresh`: connections that have not asked for anything yet, too. A first request may be on
+  // its way, and while draining it gets its answer (503) and not a reset.
+  void close_when_idle(bool also_fresh);
   // Thread-safe. Ends the connection now.
   void cut();
 
@@ -93,6 +95,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   boost::asio::steady_timer wake_;    // of output and writes
   bool output_ready_ = false;         // a TokenStream has something
   bool idle_ = true;                  // between requests
+  bool served_ = false;               // a request came
   bool closing_ = false;              // no further request
   bool lingers_ = false;              // the last answer came before its request was read
   bool broken_ = false;               // the peer is gone or is to be cut: nothing can be written
