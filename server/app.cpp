@@ -86,7 +86,7 @@ Status load(const EngineConfig& engine_config, ServerState& state, Loaded& loade
   parts.engine = loaded.engine.engine.get();
   parts.metrics = &state.metrics;
   state.metrics.set_model(parts.model);
-  state.set_service(std::make_shared<GenerationService>(std::move(parts)));
+  state.set_service(std::make_unique<GenerationService>(std::move(parts)));
   return Status::ok();
 }
 
@@ -181,7 +181,7 @@ int run_server(const EngineConfig& engine_config, const ServerConfig& server_con
   // In this order: no reader, no worker, then the engine they borrow.
   grpc.reset();
   http->reset();
-  state.set_service(nullptr);
+  state.close_service();
   loaded.engine.engine.reset();
   return complete ? kExitOk : kExitFailed;
 }

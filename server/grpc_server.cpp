@@ -124,6 +124,9 @@ class GrpcServerImpl : public GrpcServer {
     registry_.wait_idle(deadline);
     server_->Shutdown(std::chrono::system_clock::now() + kLastWords);
     watch_ = {};  // stops and joins
+    // Every call has ended; an output worker may still hold one for a moment, and it knows us.
+    while (!registry_.wait_idle(Clock::now() + std::chrono::seconds(1))) {
+    }
     server_.reset();
   }
 

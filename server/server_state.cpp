@@ -21,6 +21,24 @@ ServerState::ServerState(ServerConfig server_config, std::vector<std::string> se
       instance_id(random_id()),
       metrics(served_names.front(), config.metrics_compat == "vllm") {}
 
+void ServerState::set_service(std::unique_ptr<GenerationService> service) {
+  const std::lock_guard lock(mutex_);
+  auto unheld = std::make_shared<std::promise<void>>();
+  unheld_ = unheld->get_future();
+  owned_ = std::move(service);
+  service_ = {owned_.get(), [unheld](GenerationService*) { unheld->set_value(); }};
+}
+
+void ServerState::close_service() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (owned_ == nullptr) return;
+    service_.reset();
+  }
+  unheld_.wait();
+  owned_.reset();
+}
+
 Result<std::shared_ptr<GenerationService>> ServerState::loaded() {
   std::shared_ptr<GenerationService> ready = service();
   if (health.state() == HealthState::kDraining) {

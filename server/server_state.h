@@ -2,6 +2,7 @@
 // the model is loaded. Thread-safe.
 #pragma once
 
+#include <future>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,6 +21,7 @@ namespace kvarn {
 class ServerState {
  public:
   ServerState(ServerConfig server_config, std::vector<std::string> served_model_names);
+  ~ServerState() { close_service(); }
 
   const ServerConfig config;
   const std::vector<std::string> served_names;  // never empty
@@ -27,15 +29,15 @@ class ServerState {
   Health health;
   Metrics metrics;
 
-  // Null while the model loads. Holders keep it alive; it is not taken back before both doors stop.
+  // Null while the model loads. Holders keep it alive.
   std::shared_ptr<GenerationService> service() const {
     const std::lock_guard lock(mutex_);
     return service_;
   }
-  void set_service(std::shared_ptr<GenerationService> service) {
-    const std::lock_guard lock(mutex_);
-    service_ = std::move(service);
-  }
+  void set_service(std::unique_ptr<GenerationService> service);
+  // After both doors stopped: waits for the last holder, then destroys the service on this thread.
+  // The last holder may be one of the service's own workers, which could not join itself.
+  void close_service();
   // The service, or why new requests are not taken: model_loading, server_draining,
   // engine_unavailable. Both doors ask this before they read a body. Counts a shed request.
   Result<std::shared_ptr<GenerationService>> admit();
@@ -46,7 +48,9 @@ class ServerState {
 
  private:
   mutable std::mutex mutex_;
-  std::shared_ptr<GenerationService> service_;
+  std::unique_ptr<GenerationService> owned_;
+  std::shared_ptr<GenerationService> service_;  // what holders share; never destroys the service
+  std::future<void> unheld_;                    // ready when they are gone
 };
 
 }  // namespace kvarn

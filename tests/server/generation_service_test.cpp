@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <set>
 #include <thread>
 
@@ -152,6 +153,23 @@ TEST(GenerationConfigFile, GivesDefaultsAndEos) {
   EXPECT_EQ(config.sampling.top_k, 20);
   EXPECT_EQ(config.sampling.max_new_tokens, 9);
   EXPECT_EQ(config.eos_token_ids, (std::vector<int32_t>{5, 6}));
+}
+
+// Destroyed by its last holder, the service would be joined by one of its own workers.
+TEST(ServerStateTest, ClosingWaitsForTheLastHolderWhoeverItIs) {
+  Serving serving;
+  serving.http->stop(std::chrono::milliseconds(0));
+  std::shared_ptr<GenerationService> held = serving.state.service();
+  std::atomic<bool> released{false};
+  std::thread holder([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    released = true;
+    held.reset();
+  });
+  serving.state.close_service();
+  EXPECT_TRUE(released);
+  EXPECT_EQ(serving.state.service(), nullptr);
+  holder.join();
 }
 
 TEST(GenerationConfigFile, NamesFileKeyAndRangeOfABadValue) {

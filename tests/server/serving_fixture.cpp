@@ -81,7 +81,7 @@ Serving::Serving(ServingOptions options)
 Serving::~Serving() {
   gate.open();
   http->stop(std::chrono::milliseconds(0));
-  state.set_service(nullptr);
+  state.close_service();
 }
 
 void Serving::load() {
@@ -104,7 +104,7 @@ void Serving::load() {
   parts.engine = engine.get();
   parts.metrics = &state.metrics;
   state.metrics.set_model(parts.model);
-  state.set_service(std::make_shared<GenerationService>(std::move(parts)));
+  state.set_service(std::make_unique<GenerationService>(std::move(parts)));
   state.health.set(HealthState::kOk);
 }
 
