@@ -65,7 +65,8 @@ struct Cache {
     const Tensor kt = Tensor::of(k.data(), {tokens, kKvHeads, kHeadDim});
     const Tensor vt = Tensor::of(v.data(), {tokens, kKvHeads, kHeadDim});
     cpu::kv_write({kt, vt, slots.data(), layer(0)}, pool);
-    cpu::kv_encode({kt, vt, tiles, layer(0)}, pool, isa);
+    const KvLayerView first = layer(0);
+    cpu::kv_encode({kt, vt, tiles, {&first, 1}}, pool, isa);
     for (int i = 1; i < layers; ++i) std::memcpy(layer(i).data, memory.data(), layer_bytes);
   }
   KvLayerView layer(int i) const {
@@ -166,10 +167,11 @@ void bench_encode(ThreadPool& pool, CpuIsa isa, bool json) {
         allocate_host(size_t{kTiles} * kKvHeads * static_cast<size_t>(layout.page_bytes));
     std::vector<EncodeTile> tiles;
     for (int i = 0; i < kTiles; ++i) tiles.push_back({i * kBlockTokens, {}, i});
+    const KvLayerView view{pages.data(), kTiles, kKvHeads, layout};
     const KvEncodeParams params{Tensor::of(k.data(), {kTiles * kBlockTokens, kKvHeads, kHeadDim}),
                                 Tensor::of(v.data(), {kTiles * kBlockTokens, kKvHeads, kHeadDim}),
                                 tiles,
-                                {pages.data(), kTiles, kKvHeads, layout}};
+                                {&view, 1}};
     double best = 1e9;
     for (int rep = 0; rep < 5; ++rep) {
       const auto start = std::chrono::steady_clock::now();

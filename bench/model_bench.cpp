@@ -149,7 +149,7 @@ class Sequences {
     std::vector<SamplingRow> sampling(logit_rows_.size());
     for (SamplingRow& row : sampling) row.temperature = 0.f;
     std::vector<SampledToken> sampled(logit_rows_.size());
-    ForwardInput input;
+    StepInput input;
     input.token_ids = token_ids_;
     input.positions = positions_;
     input.slots = slots_;
@@ -160,8 +160,10 @@ class Sequences {
     input.encode_in_layer = encode_in_layer_;
     input.logit_rows = logit_rows_;
     const double start = now();
-    model_.forward(input, {layers_, layout_}, arena_, logits);
-    backend_.sample(logits, sampling, sampled);
+    model_.forward(backend_.begin_step(input, sampling), {layers_, layout_}, arena_, logits,
+                   nullptr);
+    backend_.sample(logits);
+    backend_.end_step(sampled);
     const double seconds = now() - start;
     for (const SampledToken& token : sampled) {
       CHECK(!token.non_finite, "the model gave logits that are no numbers");

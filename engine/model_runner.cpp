@@ -26,9 +26,25 @@ std::string mib(size_t bytes) {
   return fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
 }
 
-struct StepLimits {
-  int max_rows, max_logit_rows;
-};
+StepLimits step_limits(const EngineConfig& config, const ModelConfig& shape, const KvLayout& layout,
+                       int max_model_len) {
+  StepLimits limits;
+  limits.max_rows = token_budget(config);
+  limits.max_logit_rows = limits.max_sequences = config.max_num_seqs;
+  const int64_t blocks = (max_model_len + kBlockTokens - 1) / kBlockTokens;
+  limits.max_blocks = blocks * config.max_num_seqs;
+  // Of decodes (one block each) and of a step's prefill chunks.
+  limits.max_encode_tiles = config.max_num_seqs + limits.max_rows / kBlockTokens;
+  limits.max_model_len = max_model_len;
+  limits.hidden = shape.hidden_size;
+  limits.q_heads = shape.num_q_heads;
+  limits.kv_heads = shape.num_kv_heads;
+  limits.head_dim = shape.head_dim;
+  limits.ffn = shape.intermediate_size;
+  limits.vocab = shape.vocab_size;
+  limits.layout = layout;
+  return limits;
+}
 
 size_t logits_bytes(const StepLimits& limits, int vocab) {
   const size_t bytes =
@@ -39,14 +55,15 @@ size_t logits_bytes(const StepLimits& limits, int vocab) {
 class LocalModelRunner final : public ModelRunner {
  public:
   LocalModelRunner(std::unique_ptr<Backend> backend, std::unique_ptr<Model> model,
-                   const KvLayout& layout, int64_t num_pages, const StepLimits& limits)
+                   int64_t num_pages, const StepLimits& limits)
       : backend_(std::move(backend)),
         model_(std::move(model)),
         limits_(limits),
-        pool_(*backend_, layout, model_->config().num_layers, model_->config().num_kv_heads,
+        pool_(*backend_, limits.layout, model_->config().num_layers, model_->config().num_kv_heads,
               num_pages),
         arena_(backend_->allocate(model_->workspace_bytes(limits.max_rows, limits.max_logit_rows) +
                                   logits_bytes(limits, model_->config().vocab_size))) {
+    backend_->reserve(limits);
     warm_up();
     worker_ = std::thread([this] { work(); });
   }
@@ -109,17 +126,15 @@ class LocalModelRunner final : public ModelRunner {
     CHECK(batch.logit_rows.size() <= static_cast<size_t>(limits_.max_logit_rows),
           "the plan exceeds max_num_seqs");
     arena_.reset();
-    progress_.encode_seconds = 0;
     progress_.layer_done();  // the step has begun: a sign of life
     const auto num_logits = static_cast<int64_t>(batch.logit_rows.size());
     const Tensor logits = arena_.tensor(DType::kF32, {num_logits, vocab_size()});
-    ForwardInput input = batch.forward_input();
-    input.progress = &progress_;
-    model_->forward(input, pool_.view(), arena_, logits);
+    const StepInput input = backend_->begin_step(batch.step_input(), batch.sampling);
+    model_->forward(input, pool_.view(), arena_, logits, &progress_);
+    backend_->sample(logits);
     StepResult result;
     result.tokens.resize(batch.sampling.size());
-    backend_->sample(logits, batch.sampling, result.tokens);
-    result.encode_seconds = progress_.encode_seconds;
+    result.encode_seconds = backend_->end_step(result.tokens).encode_seconds;
     progress_.layer_done();
     return result;
   }
@@ -187,9 +202,9 @@ Result<std::unique_ptr<ModelRunner>> make_model_runner(const EngineConfig& confi
   KVARN_ASSIGN_OR_RETURN(const KvFormat format,
                          resolve_kv_format(config.kv_cache_dtype, shape.head_dim));
   const KvLayout layout = make_kv_layout(format, shape.head_dim);
-  const StepLimits limits{token_budget(config), config.max_num_seqs};
   const int max_len =
       config.max_model_len > 0 ? config.max_model_len : shape.max_position_embeddings;
+  const StepLimits limits = step_limits(config, shape, layout, max_len);
 
   MemoryPlan memory;
   memory.weight_bytes = model->weight_bytes();
@@ -213,7 +228,7 @@ Result<std::unique_ptr<ModelRunner>> make_model_runner(const EngineConfig& confi
 
   try {
     return std::unique_ptr<ModelRunner>(std::make_unique<LocalModelRunner>(
-        std::move(backend), std::move(model), layout, memory.num_pages, limits));
+        std::move(backend), std::move(model), memory.num_pages, limits));
   } catch (const std::bad_alloc&) {
     return Status::resource_exhausted(fmt::format(
         "{} of KV pool and {} of workspace could not be allocated; lower --kv-memory or "

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <future>
 #include <memory>
-#include <stdexcept>
 #include <vector>
 
 #include "engine/config.h"
@@ -35,10 +34,6 @@ class ModelRunner {
   // Time of the last sign of progress inside a step (per layer on the CPU), for the stall watch;
   // thread-safe.
   virtual std::chrono::steady_clock::time_point last_progress() const = 0;
-};
-
-struct DeviceLost : std::runtime_error {
-  using std::runtime_error::runtime_error;
 };
 
 // What start-up decided about memory; printed by `serve` and `inspect`.

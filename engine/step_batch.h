@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/sampling.h"
-#include "models/forward_input.h"
+#include "kernels/step_input.h"
 
 namespace kvarn {
 
@@ -24,7 +24,7 @@ struct StepBatch {
   ReadingRule rule = ReadingRule::kPosition;
 
   int num_rows() const { return static_cast<int>(token_ids.size()); }
-  ForwardInput forward_input() const {
+  StepInput step_input() const {
     return {token_ids,   positions,     slots,           sequences,  num_decode_sequences,
             block_pages, encode_before, encode_in_layer, logit_rows, rule};
   }

@@ -2,16 +2,23 @@
 // call per op. Each op has a plain CPU twin in fp32 that is its specification
 // (docs/architecture.md).
 //
-// Rules for every op: tensors are dense and live in this backend's memory; shapes are checked once
-// (a bad shape is a bug, CHECK); zero rows do nothing; nothing is allocated; one caller at a time
-// (the worker thread). The result of a row never depends on the other rows of the call, on their
-// number, or on threads().
+// Rules for every op: tensors are dense and live in this backend's memory, and so do the arrays of
+// a StepInput, which begin_step() puts there; shapes are checked once (a bad shape is a bug,
+// CHECK); zero rows do nothing; nothing is allocated; one caller at a time (the worker thread). Ops
+// run in the order of their calls. On a GPU they run after the call: end_step() and download()
+// wait. On the CPU the result of a row never depends on the other rows of the call, on their
+// number, or on threads(); on a GPU, up to the rounding of another summation order.
+//
+// A failed op throws: DeviceLost where the device is gone, std::runtime_error otherwise.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 
 #include "kernels/core/buffer.h"
@@ -19,8 +26,14 @@
 #include "kernels/core/tensor.h"
 #include "kernels/kv_layout.h"
 #include "kernels/sampling.h"
+#include "kernels/step_input.h"
 
 namespace kvarn {
+
+// The device answers no more; the process has to end.
+struct DeviceLost : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // A weight matrix [n, k] as up to three row blocks, each [n_i, k] of one dtype (bf16, f16 or f32):
 // fused QKV and gate/up without copying mapped weights. y = x W^T; column j of y belongs to row j
@@ -51,7 +64,7 @@ struct QkvParams {
   float eps;
   bool rotate;  // multiply q, k, v of each head by H/sqrt(head_dim) (coded formats)
   int q_heads, kv_heads, head_dim;
-  Tensor q;     // out f32 (CPU) [rows, q_heads, head_dim]
+  Tensor q;     // out f32 (CPU) or f16 (GPU) [rows, q_heads, head_dim]
   Tensor k, v;  // out f16 [rows, kv_heads, head_dim]
 };
 
@@ -70,28 +83,13 @@ struct KvWriteParams {
   KvLayerView layer;
 };
 
-// Encodes complete tiles into pages, all KV heads of one layer. The source is either 128
-// consecutive rows of this step (prefill) or the exact pages of the block (decode, release).
-struct EncodeTile {
-  int32_t first_row;                                    // of k, v below; -1: from source_pages
-  std::array<int32_t, kMaxPagesPerBlock> source_pages;  // used when first_row < 0
-  int32_t target_page;                                  // never one of source_pages
-};
+// Encodes complete tiles into pages, for all KV heads of every layer given. Tiles from rows of k
+// and v have one layer; tiles from exact pages have any number.
 struct KvEncodeParams {
-  Tensor k, v;  // f16 [rows, kv_heads, head_dim]; may be empty when every tile comes from pages
+  Tensor k, v;  // f16 [rows, kv_heads, head_dim]; empty when every tile comes from pages
   std::span<const EncodeTile> tiles;
-  KvLayerView layer;
+  std::span<const KvLayerView> layers;  // host memory
 };
-
-// A run of consecutive positions of one sequence in this step.
-struct AttentionSequence {
-  int32_t first_row;       // in q, k_rows, v_rows, out
-  int32_t num_rows;        // 1 in a decode
-  int32_t first_position;  // of first_row; a multiple of 128 when num_rows > 1
-  int32_t first_block;     // index into block_pages of the sequence's block 0
-};
-using BlockPages =
-    std::array<int32_t, kMaxPagesPerBlock>;  // coded block: page in [0]; exact: in order, -1 unused
 
 // Causal attention of each row over positions 0..p of its sequence. Blocks before the row's own
 // tile are read from pages, coded or exact by reads_coded(); rows of its own tile that belong to
@@ -99,7 +97,7 @@ using BlockPages =
 // one partial (m, l, acc) per block with rows in order of position, merged in order of blocks: the
 // CPU result is the same bits for any schedule.
 struct AttentionParams {
-  Tensor q;               // f32 [rows, q_heads, head_dim], rotated when the layout is coded
+  Tensor q;               // f32 (CPU) or f16 (GPU) [rows, q_heads, head_dim], rotated when coded
   Tensor k_rows, v_rows;  // f16 [rows, kv_heads, head_dim] of this step
   std::span<const AttentionSequence> sequences;
   const BlockPages* block_pages;
@@ -111,20 +109,65 @@ struct AttentionParams {
   Tensor out;                  // activation dtype [rows, q_heads * head_dim], rotated back
 };
 
+// What reserve() sizes buffers by.
+struct StepLimits {
+  int max_rows = 0, max_logit_rows = 0;  // rows of one step; of them sampled
+  int max_sequences = 0;
+  int64_t max_blocks = 0;        // entries of block_pages, all sequences of a step together
+  int64_t max_encode_tiles = 0;  // before the layers and in them together
+  int max_model_len = 0;
+  int hidden = 0, q_heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;
+  KvLayout layout{};
+};
+
+struct DeviceMemory {
+  size_t free_bytes, total_bytes;
+};
+
+struct StepTimes {
+  double encode_seconds = 0;  // spent in kv_encode()
+};
+
+class Recording {
+ public:
+  virtual ~Recording() = default;
+  virtual void replay() = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
   virtual std::string name() const = 0;        // "cpu (avx512_bf16, 2 threads)"
   virtual int threads() const = 0;             // CPU threads at work; 1 on a GPU
-  virtual DType activation_dtype() const = 0;  // f32 on the CPU
-  virtual Buffer allocate(size_t bytes) = 0;   // start-up only; throws std::bad_alloc
+  virtual DType activation_dtype() const = 0;  // f32 on the CPU, bf16 on a GPU
+  // Free and total bytes where allocate() takes from; none where that is the host's memory.
+  virtual std::optional<DeviceMemory> device_memory() const = 0;
+  virtual Buffer allocate(size_t bytes) = 0;  // start-up only; throws std::bad_alloc
   // Makes host bytes usable by the ops below. The CPU returns the same address (mapped weights are
   // not copied); a GPU copies into `into`, which must be large enough.
   virtual void* upload(const void* host, size_t bytes, Buffer& into, size_t offset) = 0;
+  // Copies `bytes` of this backend's memory to the host, after every op called so far.
+  virtual void download(const void* from, size_t bytes, void* host) = 0;
+  // Fills bf16 `out` with N(0, stddev) in this backend's memory; element i depends on (seed, i)
+  // alone and is the same on every backend (dummy weights).
+  virtual void fill_normal(Tensor out, float stddev, uint64_t seed) = 0;
+
+  // Takes what steps within `limits` need besides the caller's tensors; before the first step.
+  virtual void reserve(const StepLimits& limits) = 0;
+  // Opens a step: returns `host` with its arrays in this backend's memory, at the same addresses
+  // for every step. Both arguments stay alive until end_step(). `sampling` has a row for each logit
+  // row.
+  virtual StepInput begin_step(const StepInput& host, std::span<const SamplingRow> sampling) = 0;
+  // Ends the step: waits for it, gives the tokens that sample() chose (none if it was not called).
+  virtual StepTimes end_step(std::span<SampledToken> tokens) = 0;
+  // Ops called inside `ops`, kept to be replayed on other contents of the same tensors (a CUDA
+  // graph); they do not run now. nullptr where replaying gains nothing.
+  virtual std::unique_ptr<Recording> record(const std::function<void()>& ops) = 0;
 
   virtual void embed(const int32_t* token_ids, Tensor table /*[vocab, hidden]*/,
-                     Tensor out /*[rows, hidden]*/) = 0;
+                     Tensor out /*f32 [rows, hidden]*/) = 0;
+  // The residual stream is f32 on every backend; y and delta have the activation dtype.
   virtual void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) = 0;  // [rows, hidden]
   virtual void add_rms_norm(Tensor residual, Tensor delta, Tensor weight, float eps,
                             Tensor y) = 0;              // residual += delta
@@ -138,8 +181,8 @@ class Backend {
   virtual void attention_prefill(const AttentionParams& params) = 0;  // chunks
   virtual void silu_mul(Tensor gate_up /*[rows, 2*ffn]*/, Tensor y /*[rows, ffn]*/) = 0;
   virtual void gather_rows(Tensor x, std::span<const int32_t> rows, Tensor y) = 0;
-  virtual void sample(Tensor logits /*f32 [rows, vocab], overwritten*/,
-                      std::span<const SamplingRow> rows, std::span<SampledToken> out) = 0;
+  // Chooses a token for each row of begin_step()'s `sampling`.
+  virtual void sample(Tensor logits /*f32 [rows, vocab], overwritten*/) = 0;
 };
 
 // Instruction sets of the CPU backend, weakest first. kAmxBf16 and kAvx512Bf16 round activations to

@@ -1,7 +1,10 @@
 // The CPU behind the seam: checks shapes once, then hands each op to its twin. Holds the thread
 // pool and the packed activations of linear(); every tensor is the caller's.
 #include <algorithm>
+#include <chrono>
+#include <cstring>
 #include <string>
+#include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/kv_cpu.h"
@@ -42,9 +45,35 @@ class CpuBackend final : public Backend {
   }
   int threads() const override { return pool_.size(); }
   DType activation_dtype() const override { return DType::kF32; }
+  std::optional<DeviceMemory> device_memory() const override { return std::nullopt; }
   Buffer allocate(size_t bytes) override { return allocate_host(bytes); }
   void* upload(const void* host, size_t /*bytes*/, Buffer& /*into*/, size_t /*offset*/) override {
     return const_cast<void*>(host);
+  }
+  void download(const void* from, size_t bytes, void* host) override {
+    std::memcpy(host, from, bytes);
+  }
+  void fill_normal(Tensor out, float stddev, uint64_t seed) override {
+    CHECK(out.dtype() == DType::kBF16, "fill_normal: bf16");
+    cpu::fill_normal(out, stddev, seed, pool_);
+  }
+
+  void reserve(const StepLimits& limits) override {
+    sampled_.resize(static_cast<size_t>(limits.max_logit_rows));
+  }
+  StepInput begin_step(const StepInput& host, std::span<const SamplingRow> sampling) override {
+    sampling_ = sampling;
+    encode_seconds_ = 0;
+    return host;
+  }
+  StepTimes end_step(std::span<SampledToken> tokens) override {
+    CHECK(tokens.size() <= sampled_.size(), "end_step: at most as many tokens as were sampled");
+    std::move(sampled_.begin(), sampled_.begin() + static_cast<std::ptrdiff_t>(tokens.size()),
+              tokens.begin());
+    return {.encode_seconds = encode_seconds_};
+  }
+  std::unique_ptr<Recording> record(const std::function<void()>& /*ops*/) override {
+    return nullptr;
   }
 
   void embed(const int32_t* token_ids, Tensor table, Tensor out) override {
@@ -101,7 +130,13 @@ class CpuBackend final : public Backend {
   }
 
   void kv_write(const KvWriteParams& params) override { cpu::kv_write(params, pool_); }
-  void kv_encode(const KvEncodeParams& params) override { cpu::kv_encode(params, pool_, isa_); }
+  void kv_encode(const KvEncodeParams& params) override {
+    if (params.tiles.empty()) return;
+    const auto start = std::chrono::steady_clock::now();
+    cpu::kv_encode(params, pool_, isa_);
+    encode_seconds_ +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
   void attention_decode(const AttentionParams& params) override {
     cpu::attention(params, pool_, isa_);
   }
@@ -122,18 +157,20 @@ class CpuBackend final : public Backend {
     cpu::gather_rows(x, rows, y, pool_);
   }
 
-  void sample(Tensor logits, std::span<const SamplingRow> rows,
-              std::span<SampledToken> out) override {
-    const auto count = static_cast<int64_t>(rows.size());
+  void sample(Tensor logits) override {
+    const auto count = static_cast<int64_t>(sampling_.size());
     expect(logits, DType::kF32, {count, logits.dim(1)}, "sample: logits are f32 [rows, vocab]");
-    CHECK(out.size() == rows.size(), "sample: one result per row");
-    cpu::sample(logits, rows, out, pool_);
+    if (sampled_.size() < sampling_.size()) sampled_.resize(sampling_.size());
+    cpu::sample(logits, sampling_, {sampled_.data(), sampling_.size()}, pool_);
   }
 
  private:
   CpuIsa isa_;
   ThreadPool pool_;
   cpu::Linear linear_;
+  std::span<const SamplingRow> sampling_;  // of the step that is open
+  std::vector<SampledToken> sampled_;
+  double encode_seconds_ = 0;
 };
 
 }  // namespace

@@ -41,18 +41,22 @@ void decode_tile(const std::byte* record, const TileLayout& tile, float* k, floa
 }
 
 void kv_encode(const KvEncodeParams& params, ThreadPool& pool, CpuIsa isa) {
-  const KvLayout& layout = params.layer.layout;
-  const int kv_heads = params.layer.kv_heads;
   const auto num_tiles = static_cast<int64_t>(params.tiles.size());
   if (num_tiles == 0) return;
+  CHECK(!params.layers.empty(), "kv_encode: at least one layer");
+  const KvLayout& layout = params.layers[0].layout;
+  const int kv_heads = params.layers[0].kv_heads;
+  const auto num_layers = static_cast<int64_t>(params.layers.size());
   CHECK(layout.coded(), "kv_encode: the format has no coded pages");
-  pool.parallel_for(num_tiles * kv_heads, 1, [&](int64_t begin, int64_t end, int) {
+  CHECK(params.k.empty() || num_layers == 1, "kv_encode: rows belong to one layer");
+  pool.parallel_for(num_layers * num_tiles * kv_heads, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t item = begin; item < end; ++item) {
-      const EncodeTile& tile = params.tiles[static_cast<size_t>(item / kv_heads)];
+      const KvLayerView& layer = params.layers[static_cast<size_t>(item / (num_tiles * kv_heads))];
+      const EncodeTile& tile = params.tiles[static_cast<size_t>(item / kv_heads % num_tiles)];
       const int64_t head = item % kv_heads;
       const auto page = [&](int64_t id) {
-        CHECK(id >= 0 && id < params.layer.num_pages, "kv_encode: a page of this pool");
-        return params.layer.data + (id * kv_heads + head) * layout.page_bytes;
+        CHECK(id >= 0 && id < layer.num_pages, "kv_encode: a page of this pool");
+        return layer.data + (id * kv_heads + head) * layout.page_bytes;
       };
       TileRows rows;
       for (int t = 0; t < kBlockTokens; ++t) {

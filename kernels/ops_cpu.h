@@ -26,6 +26,9 @@ void qk_norm_rope_rotate(const QkvParams& params, ThreadPool& pool, CpuIsa isa);
 // y = silu(gate) * up, silu(x) = x / (1 + e^-x).
 void silu_mul(Tensor gate_up, Tensor y, ThreadPool& pool, CpuIsa isa);
 
+// N(0, stddev) in bf16; element i depends on (seed, i) alone (random_fill.h).
+void fill_normal(Tensor out, float stddev, uint64_t seed, ThreadPool& pool);
+
 void gather_rows(Tensor x, std::span<const int32_t> rows, Tensor y, ThreadPool& pool);
 
 void sample(Tensor logits, std::span<const SamplingRow> rows, std::span<SampledToken> out,

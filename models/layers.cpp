@@ -1,24 +1,8 @@
 #include "models/layers.h"
 
-#include <chrono>
 #include <cmath>
 
 namespace kvarn {
-namespace {
-
-// kv_encode with its time added to the step's account.
-void encode(const StepContext& step, const KvEncodeParams& params) {
-  if (params.tiles.empty()) return;
-  const auto start = std::chrono::steady_clock::now();
-  step.backend.kv_encode(params);
-  if (step.input.progress != nullptr) {
-    step.input.progress->encode_seconds +=
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-}
-
-}  // namespace
-
 Result<Linear> Linear::load(WeightStore& weights, const std::vector<std::string>& names,
                             const std::vector<int64_t>& out_features, int64_t in_features) {
   Linear linear;
@@ -114,12 +98,11 @@ void Attention::forward(const StepContext& step, const RopeTable& rope, const Kv
   step.backend.attention_prefill(params);
 }
 
-// Pages change in this order: blocks that a decode outgrew are coded first, because this step's
-// rows may go to pages that those blocks give back. Complete tiles of prefill chunks are coded
-// before anything attends, because later rows of the same chunk read them coded.
+// Complete tiles of prefill chunks are coded before anything attends, because later rows of the
+// same chunk read them coded.
 void Attention::store(const StepContext& step, const KvLayerView& pages, Tensor k, Tensor v) const {
-  encode(step, {.k = {}, .v = {}, .tiles = step.input.encode_before, .layer = pages});
-  encode(step, {.k = k, .v = v, .tiles = step.input.encode_in_layer, .layer = pages});
+  step.backend.kv_encode(
+      {.k = k, .v = v, .tiles = step.input.encode_in_layer, .layers = {&pages, 1}});
   step.backend.kv_write({.k = k, .v = v, .slots = step.input.slots.data(), .layer = pages});
 }
 

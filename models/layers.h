@@ -29,7 +29,7 @@ class ArenaScope {
 // What every op of one forward() shares.
 struct StepContext {
   Backend& backend;
-  const ForwardInput& input;
+  const StepInput& input;
   Arena& arena;
 
   int64_t num_rows() const { return static_cast<int64_t>(input.token_ids.size()); }

@@ -18,10 +18,11 @@ class Model {
   // Activation bytes that one forward() of at most `max_rows` rows and `max_logit_rows` logits
   // takes from the arena.
   virtual size_t workspace_bytes(int max_rows, int max_logit_rows) const = 0;
-  // Runs the step and writes `logits` f32 [logit_rows, vocab]. Throws on a device failure; input is
-  // trusted.
-  virtual void forward(const ForwardInput& input, const KvCacheView& kv, Arena& arena,
-                       Tensor logits) = 0;
+  // Runs the step and writes `logits` f32 [logit_rows, vocab], both in the backend's memory;
+  // `input` is what Backend::begin_step() returned. Throws on a device failure; input is trusted.
+  // `progress` may be null.
+  virtual void forward(const StepInput& input, const KvCacheView& kv, Arena& arena, Tensor logits,
+                       ForwardProgress* progress) = 0;
   virtual size_t weight_bytes() const = 0;
 };
 

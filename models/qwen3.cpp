@@ -7,15 +7,19 @@
 
 namespace kvarn {
 
-void Qwen3::forward(const ForwardInput& input, const KvCacheView& kv, Arena& arena, Tensor logits) {
+void Qwen3::forward(const StepInput& input, const KvCacheView& kv, Arena& arena, Tensor logits,
+                    ForwardProgress* progress) {
   const ArenaScope scope(arena);
   const StepContext step{backend_, input, arena};
   const int64_t rows = step.num_rows(), hidden = config_.hidden_size;
-  Tensor x = step.activations(rows, hidden);  // the residual stream
+  Tensor x = arena.tensor(DType::kF32, {rows, hidden});  // the residual stream
   Tensor normed = step.activations(rows, hidden);
   Tensor delta = step.activations(rows, hidden);  // what the next norm adds to x
   Tensor heads = step.activations(rows, int64_t{config_.num_q_heads} * config_.head_dim);
 
+  // Blocks that a decode outgrew are coded first: this step's rows may go to the pages they give
+  // back.
+  backend_.kv_encode({.k = {}, .v = {}, .tiles = input.encode_before, .layers = kv.layers});
   backend_.embed(input.token_ids.data(), embedding_, x);
   layers_.front().input_norm.forward(backend_, x, normed);
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -32,7 +36,7 @@ void Qwen3::forward(const ForwardInput& input, const KvCacheView& kv, Arena& are
     layer.attention.project(backend_, heads, delta);
     layer.post_attention_norm.add_forward(backend_, x, delta, normed);
     layer.mlp.forward(step, normed, delta);
-    if (input.progress != nullptr) input.progress->layer_done();
+    if (progress != nullptr) progress->layer_done();
   }
   final_norm_.add_forward(backend_, x, delta, normed);
   head_.forward(backend_, normed, logits);
@@ -40,7 +44,7 @@ void Qwen3::forward(const ForwardInput& input, const KvCacheView& kv, Arena& are
 
 Tensor Qwen3::gather(const StepContext& step, Tensor x) const {
   const Tensor kept =
-      step.activations(static_cast<int64_t>(step.input.logit_rows.size()), x.dim(1));
+      step.arena.tensor(x.dtype(), {static_cast<int64_t>(step.input.logit_rows.size()), x.dim(1)});
   backend_.gather_rows(x, step.input.logit_rows, kept);
   return kept;
 }
@@ -56,11 +60,12 @@ size_t Qwen3::workspace_bytes(int max_rows, int max_logit_rows) const {
   const int64_t rows = max_rows, hidden = config_.hidden_size, ffn = config_.intermediate_size;
   const int64_t q = int64_t{config_.num_q_heads} * config_.head_dim;
   const int64_t kv = int64_t{config_.num_kv_heads} * config_.head_dim;
-  const size_t step = 3 * size(rows, hidden, act) + size(rows, q, act);
+  const size_t f32 = dtype_bytes(DType::kF32);  // the residual stream
+  const size_t step = size(rows, hidden, f32) + 2 * size(rows, hidden, act) + size(rows, q, act);
   const size_t attention =
       size(rows, q + 2 * kv, act) + size(rows, q, q_bytes) + 2 * size(rows, kv, kv_bytes);
   const size_t mlp = size(rows, 2 * ffn, act) + size(rows, ffn, act);
-  const size_t gathered = size(max_logit_rows, hidden, act) + size(max_logit_rows, q, act);
+  const size_t gathered = size(max_logit_rows, hidden, f32) + size(max_logit_rows, q, act);
   return step + std::max(attention, gathered + mlp);
 }
 

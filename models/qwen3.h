@@ -19,8 +19,8 @@ class Qwen3 final : public Model {
 
   const ModelConfig& config() const override { return config_; }
   size_t workspace_bytes(int max_rows, int max_logit_rows) const override;
-  void forward(const ForwardInput& input, const KvCacheView& kv, Arena& arena,
-               Tensor logits) override;
+  void forward(const StepInput& input, const KvCacheView& kv, Arena& arena, Tensor logits,
+               ForwardProgress* progress) override;
   size_t weight_bytes() const override { return weights_->bytes(); }
 
  private:

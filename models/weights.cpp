@@ -3,12 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <numbers>
 #include <optional>
 #include <string_view>
-#include <thread>
 
 namespace kvarn {
 namespace {
@@ -38,57 +35,7 @@ uint64_t hash_name(std::string_view name) {  // FNV-1a
   return hash;
 }
 
-uint64_t mix(uint64_t x) {  // splitmix64's finaliser
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// Quantiles of N(0, 1): entry i is the value at probability (i + 0.5) / 65536. One hash then gives
-// four samples by lookup, which fills memory about as fast as it can be written.
-std::vector<double> normal_quantiles() {
-  constexpr int kHalf = 32768;
-  std::vector<double> quantiles(2 * kHalf);
-  double x = 0;
-  for (int i = 0; i < kHalf; ++i) {
-    const double p = 0.5 + (i + 0.5) / (2 * kHalf);
-    // Newton on the CDF, concave for x > 0: started left of the root it only climbs towards it.
-    for (int round = 0; round < 20; ++round) {
-      const double density = std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi);
-      const double step = (p - 0.5 * std::erfc(-x / std::numbers::sqrt2)) / density;
-      x += step;
-      if (std::abs(step) < 1e-9) break;
-    }
-    quantiles[static_cast<size_t>(kHalf + i)] = x;
-    quantiles[static_cast<size_t>(kHalf - 1 - i)] = -x;
-  }
-  return quantiles;
-}
-
 }  // namespace
-
-void fill_normal_bf16(bf16* out, int64_t count, float stddev, uint64_t seed, int threads) {
-  static const std::vector<double> quantiles = normal_quantiles();
-  std::vector<bf16> table(quantiles.size());
-  std::transform(quantiles.begin(), quantiles.end(), table.begin(),
-                 [&](double q) { return to_bf16(static_cast<float>(stddev * q)); });
-  const auto fill = [&](int64_t begin, int64_t end) {  // begin is a multiple of 4
-    for (int64_t i = begin; i < end; i += 4) {
-      uint64_t bits = mix(seed + static_cast<uint64_t>(i));
-      for (int64_t j = i; j < std::min(i + 4, end); ++j, bits >>= 16) out[j] = table[bits & 0xffff];
-    }
-  };
-  constexpr int64_t kGrain = 1 << 16;  // below this a thread costs more than it saves
-  const int64_t parts = std::clamp<int64_t>(count / kGrain, 1, std::max(threads, 1));
-  const int64_t per_part = (count / parts + 3) / 4 * 4;
-  std::vector<std::jthread> helpers;
-  for (int64_t part = 1; part < parts; ++part) {
-    helpers.emplace_back(fill, std::min(part * per_part, count),
-                         part + 1 == parts ? count : std::min((part + 1) * per_part, count));
-  }
-  fill(0, parts == 1 ? count : per_part);
-}
 
 Result<std::unique_ptr<WeightStore>> WeightStore::from_directory(
     const std::filesystem::path& directory, Backend& backend) {
@@ -143,15 +90,18 @@ Result<Tensor> WeightStore::get_mapped(const std::string& name,
 }
 
 Tensor WeightStore::make_random(const std::string& name, std::initializer_list<int64_t> shape) {
-  Buffer host = allocate_host(shape_bytes(DType::kBF16, shape));
-  auto* values = reinterpret_cast<bf16*>(host.data());
-  const int64_t count = Tensor(values, DType::kBF16, shape).size();
   if (shape.size() == 1) {
-    std::fill_n(values, count, to_bf16(1.f));
-  } else {
-    fill_normal_bf16(values, count, kRandomStddev, seed_ ^ hash_name(name), backend_.threads());
+    Buffer host = allocate_host(shape_bytes(DType::kBF16, shape));
+    auto* gains = reinterpret_cast<bf16*>(host.data());
+    std::fill_n(gains, *shape.begin(), to_bf16(1.f));
+    return adopt(std::move(host), DType::kBF16, shape);
   }
-  return adopt(std::move(host), DType::kBF16, shape);
+  Buffer memory = backend_.allocate(shape_bytes(DType::kBF16, shape));
+  const Tensor tensor(memory.data(), DType::kBF16, shape);
+  backend_.fill_normal(tensor, kRandomStddev, seed_ ^ hash_name(name));
+  bytes_ += tensor.bytes();
+  buffers_.push_back(std::move(memory));
+  return tensor;
 }
 
 Tensor WeightStore::adopt(Buffer host, DType dtype, std::initializer_list<int64_t> shape) {

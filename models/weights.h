@@ -49,7 +49,4 @@ class WeightStore {
   size_t bytes_ = 0;
 };
 
-// Fills `out` with N(0, stddev) in bf16, `threads` at work; element i depends on (seed, i) alone.
-void fill_normal_bf16(bf16* out, int64_t count, float stddev, uint64_t seed, int threads);
-
 }  // namespace kvarn

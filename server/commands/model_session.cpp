@@ -13,6 +13,10 @@ int64_t pages_needed(const KvLayout& layout, int max_tokens) {
   return exact_blocks * layout.pages_per_exact_block + (blocks - exact_blocks) + 1;
 }
 
+size_t logits_bytes(int vocab, int rows) {  // as Arena rounds
+  return (static_cast<size_t>(vocab) * static_cast<size_t>(rows) * sizeof(float) + 63) / 64 * 64;
+}
+
 EncodeTile tile_of(int32_t first_row, int32_t target_page) {
   EncodeTile tile{.first_row = first_row, .source_pages = {}, .target_page = target_page};
   tile.source_pages.fill(-1);
@@ -24,12 +28,14 @@ EncodeTile tile_of(int32_t first_row, int32_t target_page) {
 ModelSession::ModelSession(Model& model, Backend& backend, KvFormat format, ReadingRule rule,
                            int max_tokens, int chunk)
     : model_(model),
+      backend_(backend),
       rule_(rule),
       chunk_(chunk),
       pool_(backend, make_kv_layout(format, model.config().head_dim), model.config().num_layers,
             model.config().num_kv_heads,
             pages_needed(make_kv_layout(format, model.config().head_dim), max_tokens)),
-      arena_(backend.allocate(model.workspace_bytes(chunk, chunk))) {
+      arena_(backend.allocate(model.workspace_bytes(chunk, chunk) +
+                              logits_bytes(model.config().vocab_size, chunk))) {
   CHECK(chunk % kBlockTokens == 0, "chunks end at block borders");
   reset();
 }
@@ -106,7 +112,7 @@ std::span<const float> ModelSession::feed(std::span<const int32_t> tokens, int n
   logits_.resize(static_cast<size_t>(num_logits * vocab_size));
   const AttentionSequence sequence{
       .first_row = 0, .num_rows = rows, .first_position = length_, .first_block = 0};
-  ForwardInput input;
+  StepInput input;
   input.token_ids = tokens;
   input.positions = positions_;
   input.slots = slots_;
@@ -118,7 +124,10 @@ std::span<const float> ModelSession::feed(std::span<const int32_t> tokens, int n
   input.logit_rows = logit_rows;
   input.rule = rule_;
   arena_.reset();
-  model_.forward(input, pool_.view(), arena_, Tensor::of(logits_.data(), {num_logits, vocab_size}));
+  const Tensor logits = arena_.tensor(DType::kF32, {num_logits, vocab_size});
+  model_.forward(backend_.begin_step(input, {}), pool_.view(), arena_, logits, nullptr);
+  backend_.end_step({});
+  backend_.download(logits.raw(), logits.bytes(), logits_.data());
   length_ += rows;
   return logits_;
 }

@@ -54,6 +54,7 @@ class ModelSession {
   void plan_row(int position, int end);
 
   Model& model_;
+  Backend& backend_;
   ReadingRule rule_;
   int chunk_;
   KvPool pool_;

@@ -161,7 +161,8 @@ class FailingModel final : public Model {
   explicit FailingModel(ModelConfig config) : config_(std::move(config)) {}
   const ModelConfig& config() const override { return config_; }
   size_t workspace_bytes(int, int) const override { return 64; }
-  void forward(const ForwardInput& input, const KvCacheView&, Arena&, Tensor logits) override {
+  void forward(const StepInput& input, const KvCacheView&, Arena&, Tensor logits,
+               ForwardProgress*) override {
     if (!input.token_ids.empty() && input.token_ids[0] == 1) throw std::runtime_error("broken");
     if (!input.token_ids.empty() && input.token_ids[0] == 2) throw DeviceLost("gone");
     std::fill_n(logits.data<float>(), logits.size(), 0.f);

@@ -103,7 +103,7 @@ class KvCacheDriver {
     std::vector<float> out(q.size(), -1.f);
     const Tensor out_t = Tensor::of(out.data(), {first_row, shape_.q_heads * shape_.head_dim});
     cpu::kv_write({k_t, v_t, slots.data(), layer_}, pool_);
-    cpu::kv_encode({k_t, v_t, tiles, layer_}, pool_, isa_);
+    cpu::kv_encode({k_t, v_t, tiles, {&layer_, 1}}, pool_, isa_);
     AttentionParams params{q_t,     k_t,  v_t,  sequences, table.data(), layer_, shape_.q_heads,
                            scale(), rule, out_t};
     if (attend) cpu::attention(params, pool_, isa_);

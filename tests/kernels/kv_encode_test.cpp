@@ -303,14 +303,14 @@ TEST_P(KvEncodeTest, ATileFromExactPagesIsTheTileFromRowsBitForBit) {
                  v = Tensor::of(s.v.data(), {kN, kHeads, kN});
     cpu::kv_write({k, v, slots.data(), layer}, pool);
     const std::vector<EncodeTile> tiles = {{-1, source, 3}, {0, {-1, -1, -1, -1, -1}, 11}};
-    cpu::kv_encode({k, v, tiles, layer}, pool, GetParam());
+    cpu::kv_encode({k, v, tiles, {&layer, 1}}, pool, GetParam());
     const size_t page = size_t{kHeads} * static_cast<size_t>(layout.page_bytes);
     EXPECT_EQ(std::memcmp(bytes.data() + 3 * page, bytes.data() + 11 * page, page), 0)
         << kv_format_name(format);
     // And through no other source: the same call without rows.
     const std::vector<std::byte> before(bytes.begin() + static_cast<ptrdiff_t>(3 * page),
                                         bytes.begin() + static_cast<ptrdiff_t>(4 * page));
-    cpu::kv_encode({Tensor(), Tensor(), {tiles.data(), 1}, layer}, pool, GetParam());
+    cpu::kv_encode({Tensor(), Tensor(), {tiles.data(), 1}, {&layer, 1}}, pool, GetParam());
     EXPECT_EQ(std::memcmp(bytes.data() + 3 * page, before.data(), page), 0);
   }
 }

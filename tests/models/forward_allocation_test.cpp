@@ -69,21 +69,21 @@ TEST_P(ForwardAllocationTest, AStepAllocatesNothing) {
   const std::vector<int32_t> logit_rows = {0, kRows - 1};
   std::vector<float> logits(2 * static_cast<size_t>(config.vocab_size));
   Arena arena(backend->allocate(model->workspace_bytes(kRows, 2)));
-  const ForwardInput input{.token_ids = tokens,
-                           .positions = positions,
-                           .slots = slots,
-                           .sequences = sequences,
-                           .num_decode_sequences = 1,
-                           .block_pages = table,
-                           .encode_before = tiles,
-                           .encode_in_layer = own_tiles,
-                           .logit_rows = logit_rows,
-                           .rule = ReadingRule::kPosition,
-                           .progress = nullptr};
+  const StepInput input{.token_ids = tokens,
+                        .positions = positions,
+                        .slots = slots,
+                        .sequences = sequences,
+                        .num_decode_sequences = 1,
+                        .block_pages = table,
+                        .encode_before = tiles,
+                        .encode_in_layer = own_tiles,
+                        .logit_rows = logit_rows,
+                        .rule = ReadingRule::kPosition};
   const auto step = [&] {
     arena.reset();
-    model->forward(input, {layers, layout}, arena,
-                   Tensor::of(logits.data(), {2, config.vocab_size}));
+    model->forward(backend->begin_step(input, {}), {layers, layout}, arena,
+                   Tensor::of(logits.data(), {2, config.vocab_size}), nullptr);
+    backend->end_step({});
   };
   step();  // what an op sets up once, at first use
   const int64_t before = g_allocations.load();

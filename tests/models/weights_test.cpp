@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/random_fill.h"
 #include "models/model.h"
 #include "tests/support/tiny_model.h"
 
@@ -18,9 +19,15 @@ using ::testing::HasSubstr;
 
 std::unique_ptr<Backend> backend() { return make_cpu_backend({.threads = 2}); }
 
+std::vector<bf16> normal_values(int64_t count, uint64_t seed, int threads) {
+  std::vector<bf16> values(static_cast<size_t>(count));
+  make_cpu_backend({.threads = threads})
+      ->fill_normal(Tensor::of(values.data(), {count}), 0.02f, seed);
+  return values;
+}
+
 TEST(FillNormalTest, HasTheAskedMeanAndDeviation) {
-  std::vector<bf16> values(1 << 20);
-  fill_normal_bf16(values.data(), static_cast<int64_t>(values.size()), 0.02f, /*seed=*/3, 2);
+  const std::vector<bf16> values = normal_values(1 << 20, /*seed=*/3, /*threads=*/2);
   double sum = 0, squares = 0;
   int beyond_two = 0;
   for (const bf16 value : values) {
@@ -37,12 +44,17 @@ TEST(FillNormalTest, HasTheAskedMeanAndDeviation) {
 }
 
 TEST(FillNormalTest, ValuesDependOnSeedAndIndexNotOnThreads) {
-  std::vector<bf16> one(300001), three(300001), other(300001);
-  fill_normal_bf16(one.data(), 300001, 0.02f, 5, 1);
-  fill_normal_bf16(three.data(), 300001, 0.02f, 5, 3);
-  fill_normal_bf16(other.data(), 300001, 0.02f, 6, 1);
+  const std::vector<bf16> one = normal_values(300001, 5, 1), three = normal_values(300001, 5, 3),
+                          other = normal_values(300001, 6, 1);
   EXPECT_EQ(std::memcmp(one.data(), three.data(), one.size() * sizeof(bf16)), 0);
   EXPECT_NE(std::memcmp(one.data(), other.data(), one.size() * sizeof(bf16)), 0);
+}
+
+TEST(FillNormalTest, TheIndexOfEveryElementIsTheOneOfTheFill) {
+  const std::vector<bf16> values = normal_values(1001, 9, 2), quantiles = normal_quantiles(0.02f);
+  for (int64_t i = 0; i < 1001; ++i) {
+    EXPECT_EQ(to_float(values[static_cast<size_t>(i)]), to_float(quantiles[quantile_index(9, i)]));
+  }
 }
 
 class LoadModelTest : public ::testing::Test {

@@ -7,8 +7,11 @@ namespace kvarn::test {
 SequenceDriver::SequenceDriver(Model& model, Backend& backend, KvFormat format, int max_tokens,
                                int max_rows)
     : model_(model),
+      backend_(backend),
       layout_(make_kv_layout(format, model.config().head_dim)),
-      arena_(backend.allocate(model.workspace_bytes(max_rows, max_rows))) {
+      arena_(backend.allocate(model.workspace_bytes(max_rows, max_rows))),
+      logits_(backend.allocate(static_cast<size_t>(max_rows) *
+                               static_cast<size_t>(model.config().vocab_size) * sizeof(float))) {
   const ModelConfig& config = model.config();
   const int64_t pages = int64_t{max_tokens / kBlockTokens + 1} * layout_.pages_per_exact_block + 1;
   const auto layer_bytes = static_cast<size_t>(pages * config.num_kv_heads * layout_.page_bytes);
@@ -111,19 +114,21 @@ std::vector<float> SequenceDriver::run(std::span<const int32_t> tokens, const St
   const auto num_logits = static_cast<int64_t>(logit_rows.size());
   std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
   arena_.reset();
-  model_.forward({.token_ids = tokens,
-                  .positions = step.positions,
-                  .slots = step.slots,
-                  .sequences = {&sequence, 1},
-                  .num_decode_sequences = is_decode ? 1 : 0,
-                  .block_pages = table,
-                  .encode_before = step.encode_before,
-                  .encode_in_layer = step.encode_in_layer,
-                  .logit_rows = logit_rows,
-                  .rule = ReadingRule::kPosition,
-                  .progress = nullptr},
-                 {layers_, layout_}, arena_,
-                 Tensor::of(logits.data(), {num_logits, model_.config().vocab_size}));
+  const StepInput input{.token_ids = tokens,
+                        .positions = step.positions,
+                        .slots = step.slots,
+                        .sequences = {&sequence, 1},
+                        .num_decode_sequences = is_decode ? 1 : 0,
+                        .block_pages = table,
+                        .encode_before = step.encode_before,
+                        .encode_in_layer = step.encode_in_layer,
+                        .logit_rows = logit_rows,
+                        .rule = ReadingRule::kPosition};
+  const Tensor device_logits(logits_.data(), DType::kF32, {num_logits, model_.config().vocab_size});
+  model_.forward(backend_.begin_step(input, {}), {layers_, layout_}, arena_, device_logits,
+                 nullptr);
+  backend_.end_step({});
+  backend_.download(device_logits.raw(), device_logits.bytes(), logits.data());
   length_ += rows;
   tiles_encoded_ += static_cast<int64_t>(step.encode_before.size() + step.encode_in_layer.size());
   return logits;

@@ -50,10 +50,12 @@ class SequenceDriver {
   std::vector<float> run(std::span<const int32_t> tokens, const Step& step, bool is_decode);
 
   Model& model_;
+  Backend& backend_;
   KvLayout layout_;
   Buffer pool_;
   std::vector<KvLayerView> layers_;
   Arena arena_;
+  Buffer logits_;  // f32 [max_rows, vocab]
   std::vector<int32_t> free_;
   std::vector<Block> blocks_;
   std::optional<std::vector<int32_t>> logit_rows_;  // unset: of every row
