@@ -118,6 +118,8 @@ struct StepLimits {
   int max_model_len = 0;
   int hidden = 0, q_heads = 0, kv_heads = 0, head_dim = 0, ffn = 0, vocab = 0;
   KvLayout layout{};
+
+  bool operator==(const StepLimits&) const = default;
 };
 
 struct DeviceMemory {
@@ -154,10 +156,12 @@ class Backend {
   virtual void fill_normal(Tensor out, float stddev, uint64_t seed) = 0;
 
   // Takes what steps within `limits` need besides the caller's tensors; before the first step.
+  // Called again, it changes to those limits; what it took for others stays, so that changing back
+  // is free.
   virtual void reserve(const StepLimits& limits) = 0;
   // Opens a step: returns `host` with its arrays in this backend's memory, at the same addresses
   // for every step. Both arguments stay alive until end_step(). `sampling` has a row for each logit
-  // row.
+  // row, or for the first of them where the others only fill a batch up.
   virtual StepInput begin_step(const StepInput& host, std::span<const SamplingRow> sampling) = 0;
   // Ends the step: waits for it, gives the tokens that sample() chose (none if it was not called).
   virtual StepTimes end_step(std::span<SampledToken> tokens) = 0;

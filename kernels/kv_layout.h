@@ -86,6 +86,8 @@ struct KvLayout {
   int exact_pages(int tokens) const {
     return (tokens + exact_rows - 1) / exact_rows;
   }  // of one block
+
+  bool operator==(const KvLayout&) const = default;
 };
 
 // Requires head_dim == kCodedHeadDim for the KVarN formats (callers check and refuse first).
