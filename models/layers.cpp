@@ -6,13 +6,7 @@ namespace kvarn {
 Result<Linear> Linear::load(WeightStore& weights, const std::vector<std::string>& names,
                             const std::vector<int64_t>& out_features, int64_t in_features) {
   Linear linear;
-  CHECK(names.size() == out_features.size() && names.size() <= linear.weight_.parts.size(),
-        "one size per name, and room for every part");
-  for (size_t i = 0; i < names.size(); ++i) {
-    KVARN_ASSIGN_OR_RETURN(linear.weight_.parts[i],
-                           weights.get(names[i], {out_features[i], in_features}));
-    linear.weight_.num_parts += 1;
-  }
+  KVARN_ASSIGN_OR_RETURN(linear.weight_, weights.get_stacked(names, out_features, in_features));
   return linear;
 }
 

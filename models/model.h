@@ -37,6 +37,11 @@ struct ModelSource {
   uint64_t dummy_seed = 0;
 };
 
+// What Backend::reserve() sizes buffers by, for steps of at most `max_rows` rows of at most
+// `max_sequences` sequences of `max_model_len` tokens, `max_logit_rows` of them with logits.
+StepLimits make_step_limits(const ModelConfig& config, const KvLayout& layout, int max_model_len,
+                            int max_rows, int max_sequences, int max_logit_rows);
+
 // Reads only config.json (or the public shape).
 Result<ModelConfig> read_model_config(const ModelSource& source);
 // Loads or generates the weights and makes the model. The backend must outlive it.

@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string_view>
+
+#include "kernels/core/log.h"
 
 namespace kvarn {
 namespace {
@@ -35,6 +38,35 @@ uint64_t hash_name(std::string_view name) {  // FNV-1a
   return hash;
 }
 
+// What a GPU's kernels read: bf16 matrices, bf16 or f32 vectors.
+DType device_dtype(DType file, size_t dims) {
+  if (dims > 1) return DType::kBF16;
+  return file == DType::kF16 ? DType::kF32 : file;
+}
+
+template <typename From>
+void convert_from(const std::byte* from, int64_t count, DType to, std::byte* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    From value;  // the file may hold it at an odd address
+    std::memcpy(&value, from + static_cast<size_t>(i) * sizeof(From), sizeof(From));
+    if (to == DType::kBF16) {
+      reinterpret_cast<bf16*>(out)[i] = to_bf16(to_float(value));
+    } else {
+      reinterpret_cast<float*>(out)[i] = to_float(value);
+    }
+  }
+}
+
+void convert_elements(const std::byte* from, DType from_dtype, int64_t count, DType to,
+                      std::byte* out) {
+  if (from_dtype == DType::kF16) {
+    convert_from<half>(from, count, to, out);
+  } else {
+    CHECK(from_dtype == DType::kF32, "bf16 is never converted");
+    convert_from<float>(from, count, to, out);
+  }
+}
+
 }  // namespace
 
 Result<std::unique_ptr<WeightStore>> WeightStore::from_directory(
@@ -52,13 +84,46 @@ std::unique_ptr<WeightStore> WeightStore::random(uint64_t seed, Backend& backend
 }
 
 Result<Tensor> WeightStore::get(const std::string& name, std::initializer_list<int64_t> shape) {
-  used_.insert(name);
-  if (random_) return make_random(name, shape);
-  return get_mapped(name, shape);
+  if (random_) {
+    used_.insert(name);
+    return make_random(name, shape);
+  }
+  KVARN_ASSIGN_OR_RETURN(const Found found, find(name, shape));
+  if (!on_device_) return map(found, shape);
+  Buffer memory = backend_.allocate(shape_bytes(device_dtype(found.dtype, shape.size()), shape));
+  KVARN_ASSIGN_OR_RETURN(const Tensor tensor, copy_to_device(name, shape, memory, 0));
+  buffers_.push_back(std::move(memory));
+  return tensor;
 }
 
-Result<Tensor> WeightStore::get_mapped(const std::string& name,
-                                       std::initializer_list<int64_t> shape) {
+Result<LinearWeight> WeightStore::get_stacked(const std::vector<std::string>& names,
+                                              const std::vector<int64_t>& out_features,
+                                              int64_t in_features) {
+  LinearWeight weight;
+  CHECK(names.size() == out_features.size() && names.size() <= weight.parts.size(),
+        "one size per name, and room for every part");
+  const int64_t rows = std::accumulate(out_features.begin(), out_features.end(), int64_t{0});
+  Buffer memory;
+  if (on_device_) memory = backend_.allocate(shape_bytes(DType::kBF16, {rows, in_features}));
+  size_t offset = 0;
+  for (size_t i = 0; i < names.size(); ++i) {
+    Tensor& part = weight.parts[i];
+    const std::initializer_list<int64_t> shape = {out_features[i], in_features};
+    if (on_device_) {
+      KVARN_ASSIGN_OR_RETURN(part, copy_to_device(names[i], shape, memory, offset));
+      offset += part.bytes();
+    } else {
+      KVARN_ASSIGN_OR_RETURN(part, get(names[i], shape));
+    }
+    weight.num_parts += 1;
+  }
+  if (on_device_) buffers_.push_back(std::move(memory));
+  return weight;
+}
+
+Result<WeightStore::Found> WeightStore::find(const std::string& name,
+                                             std::initializer_list<int64_t> shape) {
+  used_.insert(name);
   const SafetensorsEntry* entry = files_.find(name);
   if (entry == nullptr) {
     return Status::invalid_argument(
@@ -79,14 +144,59 @@ Result<Tensor> WeightStore::get_mapped(const std::string& name,
                     "weights of the model or convert them",
                     *entry->file, name, entry->dtype));
   }
-  bytes_ += entry->bytes;
-  if (reinterpret_cast<uintptr_t>(entry->data) % dtype_bytes(*dtype) == 0) {
-    return to_backend(entry->data, *dtype, shape);
+  return Found{entry, *dtype};
+}
+
+Tensor WeightStore::map(const Found& found, std::initializer_list<int64_t> shape) {
+  const SafetensorsEntry& entry = *found.entry;
+  if (reinterpret_cast<uintptr_t>(entry.data) % dtype_bytes(found.dtype) == 0) {
+    bytes_ += entry.bytes;
+    return to_backend(entry.data, found.dtype, shape);
   }
-  Buffer aligned = allocate_host(entry->bytes);
-  std::memcpy(aligned.data(), entry->data, entry->bytes);
-  bytes_ -= entry->bytes;  // adopt() counts them
-  return adopt(std::move(aligned), *dtype, shape);
+  Buffer aligned = allocate_host(entry.bytes);
+  std::memcpy(aligned.data(), entry.data, entry.bytes);
+  return adopt(std::move(aligned), found.dtype, shape);
+}
+
+Result<Tensor> WeightStore::copy_to_device(const std::string& name,
+                                           std::initializer_list<int64_t> shape, Buffer& memory,
+                                           size_t offset) {
+  std::byte* const data = memory.data() + offset;
+  if (random_) {
+    used_.insert(name);
+    const Tensor tensor(data, DType::kBF16, shape);
+    fill_random(name, tensor);
+    bytes_ += tensor.bytes();
+    return tensor;
+  }
+  KVARN_ASSIGN_OR_RETURN(const Found found, find(name, shape));
+  const Tensor tensor(data, device_dtype(found.dtype, shape.size()), shape);
+  if (tensor.dtype() == found.dtype) {
+    backend_.upload(found.entry->data, tensor.bytes(), memory, offset);
+  } else {
+    upload_converted(found, tensor, memory, offset);
+  }
+  bytes_ += tensor.bytes();
+  return tensor;
+}
+
+void WeightStore::upload_converted(const Found& found, const Tensor& to, Buffer& memory,
+                                   size_t offset) {
+  if (!told_of_conversion_) {
+    told_of_conversion_ = true;
+    log_info(fmt::format("weights_converted from={} to={} first=\"{}\"", dtype_name(found.dtype),
+                         dtype_name(to.dtype()), found.entry->name));
+  }
+  constexpr int64_t kSlice = 1 << 20;  // elements: a few megabytes of host memory at a time
+  const size_t from_bytes = dtype_bytes(found.dtype), to_bytes = dtype_bytes(to.dtype());
+  Buffer slice = allocate_host(static_cast<size_t>(std::min(kSlice, to.size())) * to_bytes);
+  for (int64_t first = 0; first < to.size(); first += kSlice) {
+    const int64_t count = std::min(kSlice, to.size() - first);
+    convert_elements(found.entry->data + static_cast<size_t>(first) * from_bytes, found.dtype,
+                     count, to.dtype(), slice.data());
+    backend_.upload(slice.data(), static_cast<size_t>(count) * to_bytes, memory,
+                    offset + static_cast<size_t>(first) * to_bytes);
+  }
 }
 
 Tensor WeightStore::make_random(const std::string& name, std::initializer_list<int64_t> shape) {
@@ -98,10 +208,14 @@ Tensor WeightStore::make_random(const std::string& name, std::initializer_list<i
   }
   Buffer memory = backend_.allocate(shape_bytes(DType::kBF16, shape));
   const Tensor tensor(memory.data(), DType::kBF16, shape);
-  backend_.fill_normal(tensor, kRandomStddev, seed_ ^ hash_name(name));
+  fill_random(name, tensor);
   bytes_ += tensor.bytes();
   buffers_.push_back(std::move(memory));
   return tensor;
+}
+
+void WeightStore::fill_random(const std::string& name, Tensor matrix) {
+  backend_.fill_normal(matrix, kRandomStddev, seed_ ^ hash_name(name));
 }
 
 Tensor WeightStore::adopt(Buffer host, DType dtype, std::initializer_list<int64_t> shape) {

@@ -8,6 +8,7 @@
 
 #include "kernels/random_fill.h"
 #include "models/model.h"
+#include "tests/support/device_like_backend.h"
 #include "tests/support/tiny_model.h"
 
 namespace kvarn {
@@ -190,6 +191,131 @@ TEST_F(LoadModelTest, NoModelAtAllSaysHowToNameOne) {
   const auto model = load_model({}, *backend_);
   ASSERT_FALSE(model.is_ok());
   EXPECT_THAT(model.status().message(), HasSubstr("--model DIRECTORY"));
+}
+
+// The same names in a file of another dtype; every value is one of bf16.
+class DeviceWeightsTest : public ::testing::TestWithParam<DType> {
+ protected:
+  DeviceWeightsTest() {
+    options_.dtype = GetParam();
+    test::write_tiny_model(dir_.path(), options_);
+    const ModelConfig config =
+        parse_model_config(test::tiny_config_json(options_), "config.json").value();
+    for (const RawTensor& t : test::tiny_tensors(config, 1, DType::kBF16)) expected_.push_back(t);
+  }
+  const std::string& expected(const std::string& name) const {
+    for (const RawTensor& t : expected_) {
+      if (t.name == name) return t.bytes;
+    }
+    throw std::runtime_error(name);
+  }
+  test::TinyModelOptions options_;
+  test::TempDir dir_;
+  std::vector<RawTensor> expected_;
+  test::DeviceLikeBackend backend_;
+};
+
+TEST_P(DeviceWeightsTest, StackedMatricesAreOneMatrixInBf16) {
+  const auto store = WeightStore::from_directory(dir_.path(), backend_).value();
+  const std::string prefix = "model.layers.1.self_attn.";
+  const std::vector<std::string> names = {prefix + "q_proj.weight", prefix + "k_proj.weight",
+                                          prefix + "v_proj.weight"};
+  const LinearWeight weight = store->get_stacked(names, {512, 256, 256}, 64).value();
+  ASSERT_EQ(weight.num_parts, 3);
+  EXPECT_EQ(weight.out_features(), 1024);
+  const auto* at = static_cast<const std::byte*>(weight.parts[0].raw());
+  for (size_t i = 0; i < 3; ++i) {
+    const Tensor& part = weight.parts[i];
+    EXPECT_EQ(part.raw(), at);
+    EXPECT_EQ(part.dtype(), DType::kBF16);
+    ASSERT_EQ(part.bytes(), expected(names[i]).size());
+    std::vector<bf16> values(static_cast<size_t>(part.size()));
+    std::memcpy(values.data(), expected(names[i]).data(), part.bytes());
+    for (size_t k = 0; k < values.size(); ++k) {
+      // fp16 holds values below 2^-14 to 2^-25 only (tiny_model.cpp), the others hold all.
+      const float slack = GetParam() == DType::kF16 ? 0x1p-24f : 0.f;
+      ASSERT_NEAR(to_float(part.data<bf16>()[k]), to_float(values[k]), slack) << names[i];
+    }
+    at += part.bytes();
+  }
+  EXPECT_EQ(store->bytes(), 1024u * 64 * 2);
+}
+
+TEST_P(DeviceWeightsTest, VectorsKeepTheirValuesInBf16OrF32) {
+  const auto store = WeightStore::from_directory(dir_.path(), backend_).value();
+  const Tensor gains = store->get("model.norm.weight", {64}).value();
+  EXPECT_EQ(gains.dtype(), GetParam() == DType::kBF16 ? DType::kBF16 : DType::kF32);
+  const std::string& bytes = expected("model.norm.weight");
+  for (int i = 0; i < 64; ++i) {
+    bf16 value;
+    std::memcpy(&value, bytes.data() + 2 * i, 2);
+    const float stored =
+        gains.dtype() == DType::kBF16 ? to_float(gains.data<bf16>()[i]) : gains.data<float>()[i];
+    EXPECT_EQ(stored, to_float(value));
+  }
+}
+
+TEST_P(DeviceWeightsTest, NothingPointsIntoTheFile) {
+  auto model =
+      load_model({.path = dir_.path(), .format = LoadFormat::kAuto, .shape = {}}, backend_).value();
+  const size_t used = backend_.device_memory()->total_bytes - backend_.device_memory()->free_bytes;
+  EXPECT_EQ(used, model->weight_bytes());
+  model.reset();
+  EXPECT_EQ(backend_.device_memory()->free_bytes, backend_.device_memory()->total_bytes);
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, DeviceWeightsTest,
+                         ::testing::Values(DType::kBF16, DType::kF16, DType::kF32),
+                         [](const auto& dtype) { return dtype_name(dtype.param); });
+
+TEST(DeviceLoadTest, RandomWeightsAreThoseOfTheCpuAndStacked) {
+  test::DeviceLikeBackend device;
+  const auto cpu = backend();
+  const auto there = WeightStore::random(7, device), here = WeightStore::random(7, *cpu);
+  const LinearWeight a = there->get_stacked({"gate", "up"}, {96, 96}, 64).value();
+  const LinearWeight b = here->get_stacked({"gate", "up"}, {96, 96}, 64).value();
+  EXPECT_EQ(a.parts[1].raw(), static_cast<std::byte*>(a.parts[0].raw()) + a.parts[0].bytes());
+  for (size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(std::memcmp(a.parts[i].raw(), b.parts[i].raw(), a.parts[i].bytes()), 0);
+  }
+}
+
+TEST(DeviceLoadTest, AHeadSizeWithoutKernelsIsRefusedBeforeWeightsAreRead) {
+  test::TinyModelOptions options;
+  options.head_dim = 64;
+  const test::TempDir dir;
+  test::write_file(dir.path() / "config.json", test::tiny_config_json(options));  // no weights
+  test::DeviceLikeBackend device;
+  const auto model =
+      load_model({.path = dir.path(), .format = LoadFormat::kAuto, .shape = {}}, device);
+  ASSERT_FALSE(model.is_ok());
+  EXPECT_THAT(model.status().message(),
+              AllOf(HasSubstr("head_dim 64"), HasSubstr("need 128"), HasSubstr("--device cpu")));
+}
+
+TEST(DeviceLoadTest, WeightsThatCannotFitAreRefusedWithBothNumbers) {
+  test::DeviceLikeBackend device;  // of 1 GiB
+  const auto model =
+      load_model({.path = {}, .format = LoadFormat::kDummy, .shape = "qwen3-0.6b"}, device);
+  ASSERT_FALSE(model.is_ok());
+  EXPECT_EQ(model.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_THAT(model.status().message(), AllOf(HasSubstr("1.11 GiB"), HasSubstr("1.00 GiB free")));
+  EXPECT_EQ(device.counts->allocations, 0);
+}
+
+TEST(DeviceLoadTest, WeightsThatTurnOutNotToFitAreAnErrorNotAnException) {
+  test::TinyModelOptions options;
+  const ModelConfig config =
+      parse_model_config(test::tiny_config_json(options), "config.json").value();
+  const test::TempDir dir;
+  test::write_tiny_model(dir.path(), options);
+  // Room for the parameters, not for the rotary tables beside them.
+  test::DeviceLikeBackend device({.total_bytes = static_cast<size_t>(config.num_parameters()) * 2});
+  const auto model =
+      load_model({.path = dir.path(), .format = LoadFormat::kAuto, .shape = {}}, device);
+  ASSERT_FALSE(model.is_ok());
+  EXPECT_EQ(model.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_THAT(model.status().message(), HasSubstr("left of the GPU's"));
 }
 
 }  // namespace

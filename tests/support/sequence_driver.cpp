@@ -9,6 +9,7 @@ SequenceDriver::SequenceDriver(Model& model, Backend& backend, KvFormat format, 
     : model_(model),
       backend_(backend),
       layout_(make_kv_layout(format, model.config().head_dim)),
+      limits_(make_step_limits(model.config(), layout_, max_tokens, max_rows, 1, max_rows)),
       arena_(backend.allocate(model.workspace_bytes(max_rows, max_rows))),
       logits_(backend.allocate(static_cast<size_t>(max_rows) *
                                static_cast<size_t>(model.config().vocab_size) * sizeof(float))) {
@@ -114,6 +115,7 @@ std::vector<float> SequenceDriver::run(std::span<const int32_t> tokens, const St
   const auto num_logits = static_cast<int64_t>(logit_rows.size());
   std::vector<float> logits(logit_rows.size() * static_cast<size_t>(model_.config().vocab_size));
   arena_.reset();
+  backend_.reserve(limits_);
   const StepInput input{.token_ids = tokens,
                         .positions = step.positions,
                         .slots = step.slots,

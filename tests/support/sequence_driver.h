@@ -17,7 +17,8 @@ namespace kvarn::test {
 
 class SequenceDriver {
  public:
-  // Room for one sequence of `max_tokens`, in steps of at most `max_rows`.
+  // Room for one sequence of `max_tokens`, in steps of at most `max_rows`. Drivers of one backend
+  // may take turns.
   SequenceDriver(Model& model, Backend& backend, KvFormat format, int max_tokens, int max_rows);
 
   // Feeds one chunk, which starts at a block border; logits of every row [tokens, vocab].
@@ -52,6 +53,7 @@ class SequenceDriver {
   Model& model_;
   Backend& backend_;
   KvLayout layout_;
+  StepLimits limits_;
   Buffer pool_;
   std::vector<KvLayerView> layers_;
   Arena arena_;
