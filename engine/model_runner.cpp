@@ -1,22 +1,22 @@
-// The real ModelRunner: one worker thread owns the model, the backend, the pool and the arena; a
-// step is upload (nothing on the CPU), forward, sample. Everything a step touches is allocated
-// here, before the first one.
+// The real ModelRunner: one worker thread owns the model, the backend, the pool and the arena. A
+// step is upload (nothing on the CPU), forward, sample; on a GPU decode-only steps are replays of
+// what start-up recorded. Everything a step touches is allocated here, before the first one.
 #include "engine/model_runner.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <condition_variable>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
 
-#include "engine/host_memory.h"
-#include "engine/kv_capacity.h"
 #include "engine/kv_pool.h"
+#include "engine/step_recordings.h"
+#include "engine/warm_up.h"
 #include "kernels/core/log.h"
 
 namespace kvarn {
@@ -24,26 +24,6 @@ namespace {
 
 std::string mib(size_t bytes) {
   return fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
-}
-
-StepLimits step_limits(const EngineConfig& config, const ModelConfig& shape, const KvLayout& layout,
-                       int max_model_len) {
-  StepLimits limits;
-  limits.max_rows = token_budget(config);
-  limits.max_logit_rows = limits.max_sequences = config.max_num_seqs;
-  const int64_t blocks = (max_model_len + kBlockTokens - 1) / kBlockTokens;
-  limits.max_blocks = blocks * config.max_num_seqs;
-  // Of decodes (one block each) and of a step's prefill chunks.
-  limits.max_encode_tiles = config.max_num_seqs + limits.max_rows / kBlockTokens;
-  limits.max_model_len = max_model_len;
-  limits.hidden = shape.hidden_size;
-  limits.q_heads = shape.num_q_heads;
-  limits.kv_heads = shape.num_kv_heads;
-  limits.head_dim = shape.head_dim;
-  limits.ffn = shape.intermediate_size;
-  limits.vocab = shape.vocab_size;
-  limits.layout = layout;
-  return limits;
 }
 
 size_t logits_bytes(const StepLimits& limits, int vocab) {
@@ -54,19 +34,27 @@ size_t logits_bytes(const StepLimits& limits, int vocab) {
 
 class LocalModelRunner final : public ModelRunner {
  public:
+  // Takes the workspace and warms up. Throws std::bad_alloc.
   LocalModelRunner(std::unique_ptr<Backend> backend, std::unique_ptr<Model> model,
-                   int64_t num_pages, const StepLimits& limits)
+                   const StepLimits& limits)
       : backend_(std::move(backend)),
         model_(std::move(model)),
         limits_(limits),
-        pool_(*backend_, limits.layout, model_->config().num_layers, model_->config().num_kv_heads,
-              num_pages),
         arena_(backend_->allocate(model_->workspace_bytes(limits.max_rows, limits.max_logit_rows) +
-                                  logits_bytes(limits, model_->config().vocab_size))) {
+                                  logits_bytes(limits, model_->config().vocab_size))),
+        recordings_(*backend_, limits.max_sequences) {
     backend_->reserve(limits);
     warm_up();
+  }
+
+  // Takes the pool, records what can be recorded and starts the worker. Throws std::bad_alloc.
+  void start(int64_t num_pages) {
+    pool_.emplace(make_pool(num_pages));
+    recordings_.record([this](const StepInput& input) { launch(input, pool_->view()); });
     worker_ = std::thread([this] { work(); });
   }
+
+  std::optional<DeviceMemory> device_memory() const { return backend_->device_memory(); }
 
   ~LocalModelRunner() override {
     {
@@ -74,11 +62,11 @@ class LocalModelRunner final : public ModelRunner {
       stopping_ = true;
     }
     wake_.notify_one();
-    worker_.join();
+    if (worker_.joinable()) worker_.join();
   }
 
-  int64_t num_pages() const override { return pool_.num_pages(); }
-  KvLayout kv_layout() const override { return pool_.layout(); }
+  int64_t num_pages() const override { return pool_->num_pages(); }
+  KvLayout kv_layout() const override { return limits_.layout; }
   int model_max_len() const override { return model_->config().max_position_embeddings; }
   int vocab_size() const override { return model_->config().vocab_size; }
 
@@ -125,13 +113,16 @@ class LocalModelRunner final : public ModelRunner {
     CHECK(batch.logit_rows.size() == batch.sampling.size(), "one sampling row per logit row");
     CHECK(batch.logit_rows.size() <= static_cast<size_t>(limits_.max_logit_rows),
           "the plan exceeds max_num_seqs");
-    arena_.reset();
     progress_.layer_done();  // the step has begun: a sign of life
-    const auto num_logits = static_cast<int64_t>(batch.logit_rows.size());
-    const Tensor logits = arena_.tensor(DType::kF32, {num_logits, vocab_size()});
-    const StepInput input = backend_->begin_step(batch.step_input(), batch.sampling);
-    model_->forward(input, pool_.view(), arena_, logits, &progress_);
-    backend_->sample(logits);
+    if (const int size = recordings_.size_for(batch); size > 0) {
+      const StepInput input = backend_->begin_step(recordings_.filled(batch, size), batch.sampling);
+      // How many tiles there are changes from step to step, so that they are not recorded.
+      backend_->kv_encode(
+          {.k = {}, .v = {}, .tiles = input.encode_before, .layers = pool_->view().layers});
+      recordings_.replay(size);
+    } else {
+      launch(backend_->begin_step(batch.step_input(), batch.sampling), pool_->view());
+    }
     StepResult result;
     result.tokens.resize(batch.sampling.size());
     result.encode_seconds = backend_->end_step(result.tokens).encode_seconds;
@@ -139,27 +130,42 @@ class LocalModelRunner final : public ModelRunner {
     return result;
   }
 
-  // One row that is stored nowhere: faults in mapped weights and first-use state before the first
-  // request pays for it.
+  // Forward and sampling of an open step. Tensors are at the same addresses for every step of a
+  // size.
+  void launch(const StepInput& input, const KvCacheView& pages) {
+    arena_.reset();
+    const auto num_logits = static_cast<int64_t>(input.logit_rows.size());
+    const Tensor logits = arena_.tensor(DType::kF32, {num_logits, vocab_size()});
+    model_->forward(input, pages, arena_, logits, &progress_);
+    backend_->sample(logits);
+  }
+
+  // Faults in mapped weights and first-use state before the first request pays for it; on a GPU all
+  // that a step may ever take, so that what is left can go to the pool.
   void warm_up() {
-    StepBatch batch;
-    batch.token_ids = {0};
-    batch.positions = {0};
-    batch.slots = {-1};
-    batch.sequences = {{.first_row = 0, .num_rows = 1, .first_position = 0, .first_block = 0}};
-    BlockPages none;
-    none.fill(-1);
-    batch.block_pages = {none};
-    batch.logit_rows = {0};
-    batch.sampling.resize(1);
-    execute(batch);
+    KvPool pool = make_pool(warm_up_pages(limits_.layout));
+    const auto run = [&](const StepBatch& batch) {
+      std::vector<SampledToken> tokens(batch.sampling.size());
+      launch(backend_->begin_step(batch.step_input(), batch.sampling), pool.view());
+      backend_->end_step(tokens);
+    };
+    run(warm_up_row());
+    if (!backend_->device_memory()) return;
+    run(warm_up_prefill(limits_.layout, std::min(limits_.max_rows, limits_.max_model_len)));
+    recordings_.warm_up([&](const StepInput& input) { launch(input, pool.view()); });
+  }
+
+  KvPool make_pool(int64_t num_pages) const {
+    const ModelConfig& shape = model_->config();
+    return {*backend_, limits_.layout, shape.num_layers, shape.num_kv_heads, num_pages};
   }
 
   std::unique_ptr<Backend> backend_;  // outlives the model, the pool and the arena
   std::unique_ptr<Model> model_;
   StepLimits limits_;
-  KvPool pool_;
   Arena arena_;
+  StepRecordings recordings_;
+  std::optional<KvPool> pool_;
   ForwardProgress progress_;
 
   std::mutex mutex_;
@@ -168,29 +174,6 @@ class LocalModelRunner final : public ModelRunner {
   bool stopping_ = false;
   std::thread worker_;
 };
-
-// Bytes that the pool may take: what was asked for, or a quarter of what is free, and then no more
-// than max_num_seqs sequences of full length can use.
-Result<size_t> pool_budget(const EngineConfig& config, const KvLayout& layout, int max_len,
-                           size_t page_id_bytes, size_t other_bytes) {
-  const uint64_t free_bytes = available_host_memory();
-  if (!config.kv_memory.empty()) {
-    KVARN_ASSIGN_OR_RETURN(const uint64_t asked, parse_bytes(config.kv_memory));
-    if (free_bytes > 0 && asked + other_bytes > free_bytes) {
-      return Status::resource_exhausted(
-          fmt::format("--kv-memory {} and {} of workspace exceed the {} of free memory; lower "
-                      "--kv-memory or --max-num-batched-tokens",
-                      config.kv_memory, mib(other_bytes), mib(free_bytes)));
-    }
-    return static_cast<size_t>(asked);
-  }
-  if (free_bytes == 0) {
-    return Status::failed_precondition(
-        "cannot tell how much memory is free on this system; set --kv-memory, e.g. 1GiB");
-  }
-  const int64_t most_pages = peak_pages(layout, max_len) * config.max_num_seqs;
-  return std::min<size_t>(free_bytes / 4, static_cast<size_t>(most_pages) * page_id_bytes);
-}
 
 }  // namespace
 
@@ -204,36 +187,40 @@ Result<std::unique_ptr<ModelRunner>> make_model_runner(const EngineConfig& confi
   const KvLayout layout = make_kv_layout(format, shape.head_dim);
   const int max_len =
       config.max_model_len > 0 ? config.max_model_len : shape.max_position_embeddings;
-  const StepLimits limits = step_limits(config, shape, layout, max_len);
+  const StepLimits limits = make_step_limits(shape, layout, max_len, token_budget(config),
+                                             config.max_num_seqs, config.max_num_seqs);
+  const PoolDemand demand{layout, max_len,
+                          KvPool::page_id_bytes(layout, shape.num_layers, shape.num_kv_heads)};
 
   MemoryPlan memory;
   memory.weight_bytes = model->weight_bytes();
   memory.workspace_bytes = model->workspace_bytes(limits.max_rows, limits.max_logit_rows) +
                            logits_bytes(limits, shape.vocab_size);
-  memory.page_id_bytes = KvPool::page_id_bytes(layout, shape.num_layers, shape.num_kv_heads);
-  KVARN_ASSIGN_OR_RETURN(
-      const size_t budget,
-      pool_budget(config, layout, max_len, memory.page_id_bytes, memory.workspace_bytes));
-  memory.num_pages = static_cast<int64_t>(budget / memory.page_id_bytes);
-  memory.pool_bytes = static_cast<size_t>(memory.num_pages) * memory.page_id_bytes;
-  const int64_t fewest = peak_pages(layout, std::min(max_len, kBlockTokens));
-  if (memory.num_pages < fewest) {
-    return Status::resource_exhausted(fmt::format(
-        "a KV pool of {} holds {} pages of {} but one sequence of {} tokens needs {}; "
-        "set --kv-memory to at least {} bytes",
-        mib(budget), memory.num_pages, mib(memory.page_id_bytes), std::min(max_len, kBlockTokens),
-        fewest, static_cast<size_t>(fewest) * memory.page_id_bytes));
+  memory.page_id_bytes = demand.page_id_bytes;
+  const std::optional<DeviceMemory> before = backend->device_memory();
+  if (!before) {  // refused before anything is taken
+    KVARN_ASSIGN_OR_RETURN(memory.num_pages,
+                           host_pool_pages(config, demand, memory.workspace_bytes));
   }
-  if (plan != nullptr) *plan = memory;
-
   try {
-    return std::unique_ptr<ModelRunner>(std::make_unique<LocalModelRunner>(
-        std::move(backend), std::move(model), memory.num_pages, limits));
+    auto runner = std::make_unique<LocalModelRunner>(std::move(backend), std::move(model), limits);
+    if (before) {
+      const DeviceMemory now = *runner->device_memory();
+      KVARN_ASSIGN_OR_RETURN(memory.num_pages, device_pool_pages(config, demand, now));
+      // Kernels and libraries included: what the warm-up took.
+      memory.workspace_bytes = before->free_bytes - std::min(before->free_bytes, now.free_bytes);
+    }
+    memory.pool_bytes = static_cast<size_t>(memory.num_pages) * memory.page_id_bytes;
+    runner->start(memory.num_pages);
+    if (plan != nullptr) *plan = memory;
+    return std::unique_ptr<ModelRunner>(std::move(runner));
   } catch (const std::bad_alloc&) {
     return Status::resource_exhausted(fmt::format(
         "{} of KV pool and {} of workspace could not be allocated; lower --kv-memory or "
         "--max-num-batched-tokens",
         mib(memory.pool_bytes), mib(memory.workspace_bytes)));
+  } catch (const std::runtime_error& error) {
+    return Status::internal(fmt::format("the first steps of the model failed: {}", error.what()));
   }
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/config.h"
+#include "engine/memory_plan.h"
 #include "engine/step_batch.h"
 #include "kernels/backend.h"
 #include "models/model.h"
@@ -36,15 +37,8 @@ class ModelRunner {
   virtual std::chrono::steady_clock::time_point last_progress() const = 0;
 };
 
-// What start-up decided about memory; printed by `serve` and `inspect`.
-struct MemoryPlan {
-  size_t weight_bytes = 0, workspace_bytes = 0, pool_bytes = 0;
-  int64_t num_pages =
-      0;  // of one (layer set): each id has page_bytes for every (layer, local KV head)
-  size_t page_id_bytes = 0;  // bytes of one page id over all layers and KV heads
-};
-
-// Loads nothing itself: takes the model, allocates pool and workspace, starts the worker thread.
+// Loads nothing itself: takes the model, allocates pool and workspace, warms up, records steps
+// where the backend can, starts the worker thread.
 Result<std::unique_ptr<ModelRunner>> make_model_runner(const EngineConfig& config,
                                                        std::unique_ptr<Backend> backend,
                                                        std::unique_ptr<Model> model,

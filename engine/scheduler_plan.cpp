@@ -204,13 +204,15 @@ int64_t Scheduler::pages_of_unfinished_prefills() const {
   return pages;
 }
 
-// Blocks that ended sequences left exact. Last, so that no row of this step lacks their target.
+// Blocks that ended sequences left exact. Last, so that no row of this step lacks their target; no
+// more than buffers for two of each sequence hold (make_step_limits), the rest waits.
 void Scheduler::plan_encodes_of_unused_blocks(StepPlan& plan) {
   for (const BlockId id : blocks_.take_blocks_to_encode()) {
     // An earlier target of this loop may have evicted it; its id was not given out since.
     if (blocks_.block(id).num_pages == 0 || blocks_.block(id).coded) continue;
     std::vector<BlockId> pinned = blocks_.acquire_chain(id);
-    const bool room = blocks_.encode_targets() > 0 && blocks_.available_pages() > blocks_.reserve();
+    const bool room = plan.encodes.size() < 2 * static_cast<size_t>(limits_.max_num_seqs) &&
+                      blocks_.encode_targets() > 0 && blocks_.available_pages() > blocks_.reserve();
     const std::optional<EncodeTile> tile = room ? blocks_.try_encode(id) : std::nullopt;
     if (!tile) {
       blocks_.release(pinned);  // asks again in the next step
