@@ -31,6 +31,8 @@ ModelSession::ModelSession(Model& model, Backend& backend, KvFormat format, Read
       backend_(backend),
       rule_(rule),
       chunk_(chunk),
+      limits_(make_step_limits(model.config(), make_kv_layout(format, model.config().head_dim),
+                               max_tokens, chunk, 1, chunk)),
       pool_(backend, make_kv_layout(format, model.config().head_dim), model.config().num_layers,
             model.config().num_kv_heads,
             pages_needed(make_kv_layout(format, model.config().head_dim), max_tokens)),
@@ -124,6 +126,7 @@ std::span<const float> ModelSession::feed(std::span<const int32_t> tokens, int n
   input.logit_rows = logit_rows;
   input.rule = rule_;
   arena_.reset();
+  backend_.reserve(limits_);  // sessions of other formats share the backend
   const Tensor logits = arena_.tensor(DType::kF32, {num_logits, vocab_size});
   model_.forward(backend_.begin_step(input, {}), pool_.view(), arena_, logits, nullptr);
   backend_.end_step({});

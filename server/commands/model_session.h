@@ -57,6 +57,7 @@ class ModelSession {
   Backend& backend_;
   ReadingRule rule_;
   int chunk_;
+  StepLimits limits_;
   KvPool pool_;
   Arena arena_;
   std::vector<float> logits_;
