@@ -34,11 +34,16 @@ class DecodeAttention {
   Buffer scratch_;  // partial results and arrival counters
 };
 
+// kBest: the fastest that this device and build have. kPortable: mma.sync, on any device.
+enum class PrefillKernel { kBest, kPortable };
+
 // Chunks of several rows (and sequences of one row that are not decodes).
 class PrefillAttention {
  public:
-  // Throws std::bad_alloc. Scratch holds the decoded context of one layer and one sequence.
-  PrefillAttention(const StepLimits& limits, int num_multiprocessors);
+  // Throws std::bad_alloc. Scratch holds the decoded context of one layer: of one sequence of
+  // max_model_len, or of several shorter ones.
+  PrefillAttention(const StepLimits& limits, int num_multiprocessors,
+                   PrefillKernel kernel = PrefillKernel::kBest);
 
   size_t max_plan_bytes() const;
   size_t plan(std::span<const AttentionSequence> chunks, std::byte* plan) const;
@@ -49,7 +54,10 @@ class PrefillAttention {
  private:
   StepLimits limits_;
   int num_multiprocessors_;
-  Buffer scratch_;
+  int scratch_tiles_;  // blocks that scratch_ holds
+  bool use_wgmma_;
+  Buffer scratch_;  // K, then V: f16 [128 * scratch_tiles_, kv_heads, 128]
+  Buffer counter_;  // of the wgmma kernel
 };
 
 }  // namespace kvarn::cuda
