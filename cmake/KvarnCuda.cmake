@@ -32,5 +32,11 @@ if(KVARN_WITH_CUDA)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   find_package(CUDAToolkit 12 REQUIRED)
+  # libcublasLt is the one shared library of a CUDA build: beside the program, where the toolkit of
+  # the build machine has it, or where toolkits usually are.
+  set(kvarn_cuda_rpath "$ORIGIN/../lib" ${CUDAToolkit_LIBRARY_DIR} /usr/local/cuda/lib64
+                       /usr/local/cuda/targets/x86_64-linux/lib)
+  list(APPEND CMAKE_BUILD_RPATH ${kvarn_cuda_rpath})
+  list(APPEND CMAKE_INSTALL_RPATH ${kvarn_cuda_rpath})
 endif()
 message(STATUS "CUDA backend: ${KVARN_WITH_CUDA} (KVARN_CUDA=${KVARN_CUDA})")
