@@ -215,15 +215,16 @@ class AttentionPrefillTest : public CudaTest,
   }
 
   // Output is bf16: its rounding alone is 2^-7 / sqrt(12) of a value's power of two, about 1.7e-3
-  // in relative norm. K', V' and the weights are rounded to fp16 on the way, 2e-4 each, which large
-  // scores magnify a little. So 2e-3 over a chunk, and 3e-3 for one vector of 128 values, whose
-  // mean of rounding errors scatters.
+  // in relative norm, and at most 2^-8 of any value. K', V' and the weights are rounded to fp16 on
+  // the way, 2e-4 each, which large scores magnify a little. So 2e-3 over a chunk, and 2^-8 for one
+  // vector of 128 values, whose rounding errors scatter.
   void expect_like_twin(const Step& step, ReadingRule rule, int max_model_len) {
     const std::vector<float> expected = on_cpu(step, rule);
     const std::vector<float> actual = on_gpu(step, rule, max_model_len);
     const auto row_size = static_cast<size_t>(step.shape.q_heads) * kDim;
     std::vector<bool> ours(static_cast<size_t>(step.rows));
     for (const AttentionSequence& s : step.sequences) {
+      if (s.num_rows == 0) continue;
       double error = 0, norm = 0, worst = 0;
       std::string where;
       for (int row = 0; row < s.num_rows; ++row) {
@@ -247,7 +248,7 @@ class AttentionPrefillTest : public CudaTest,
       SCOPED_TRACE("chunk of " + std::to_string(s.num_rows) + " rows at " +
                    std::to_string(s.first_position));
       EXPECT_LE(std::sqrt(error / norm), 2e-3);
-      EXPECT_LE(worst, 3e-3) << where;
+      EXPECT_LE(worst, 0x1p-8) << where;
     }
     for (int row = 0; row < step.rows; ++row) {
       if (ours[static_cast<size_t>(row)]) continue;
