@@ -30,7 +30,7 @@ class DecodeAttention {
 
  private:
   StepLimits limits_;
-  int num_multiprocessors_;
+  int grid_;        // thread blocks of every launch
   Buffer scratch_;  // partial results and arrival counters
 };
 
