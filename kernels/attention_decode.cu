@@ -50,6 +50,9 @@ struct Shared {
   std::byte slots[C::kSlots][C::kLayout.page_bytes];
   Area areas[C::kWarps];
   uint64_t full[C::kSlots];
+  // The item whose copy was started last. A barrier tells apart only two successive phases, so its
+  // phase is looked at only once the copy of the item in question has started.
+  int started[C::kSlots];
   uint32_t users[C::kSlots];  // units of the slot's item that are done
   // Of segment i % kOpen: units done in the low bits, warps that left a state above kMaskShift. A
   // warp leaves before it starts a copy, so open segments lie within kSlots + 1 items.
@@ -481,7 +484,7 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
       }
     }
   } else if (warp == 1) {
-    if (lane < C::kSlots) shared.users[lane] = 0;
+    if (lane < C::kSlots) shared.users[lane] = 0, shared.started[lane] = lane;
     if (lane < shared.kOpen) shared.left[lane] = 0;
     if (lane < C::kWarps) shared.area_busy[lane] = 0;
   }
@@ -534,6 +537,8 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
       ahead.seek(item + C::kSlots);
       next = ahead.source(item + C::kSlots);
     }
+    while (*const_cast<volatile int*>(&shared.started[slot]) != item) {
+    }
     wait_for(&shared.full[slot], item / C::kSlots & 1);
     attend_unit<C>(shared.slots[slot], here.at(item).rows, unit % C::kSplit, query,
                    args.score_scale, state);
@@ -551,7 +556,10 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
         free = atomicInc(&shared.users[slot], C::kSplit - 1) == C::kSplit - 1;
         __threadfence_block();
       }
-      if (free) start_copy(shared, slot, next, policy);
+      if (free) {
+        start_copy(shared, slot, next, policy);
+        *const_cast<volatile int*>(&shared.started[slot]) = item + C::kSlots;
+      }
     }
     if (to_merge != 0) merge_alone<C>(args, shared, here.segment(), to_merge);
   }

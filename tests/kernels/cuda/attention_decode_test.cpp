@@ -37,7 +37,7 @@ struct Batch {
         float q_scale = 1.f)
       : shape(kv_shape), layout(make_kv_layout(kv_shape.format, 128)) {
     num_pages = 4;
-    for (const int64_t length : lengths) num_pages += length / layout.exact_rows / 2 + 14;
+    for (const int64_t length : lengths) num_pages += length / (layout.coded() ? 64 : 32) + 24;
     KvCacheDriver driver(shape, static_cast<int>(num_pages), best_cpu_isa(), 2, seed);
     row_size = driver.row_size();
     std::vector<KvSequence> all;
