@@ -35,9 +35,9 @@ class StepStaging {
   void use(const Region& region, size_t bytes);
   void flush();
 
+  size_t size_ = 0;  // before the regions, which place() adds to it
   Region token_ids_, positions_, slots_, sequences_, logit_rows_, tiles_, decode_plan_,
       prefill_plan_, block_pages_;
-  size_t size_ = 0;
   Buffer host_, device_;
   // Of the copy that is being put together.
   cudaStream_t stream_ = nullptr;
