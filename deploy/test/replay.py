@@ -112,9 +112,38 @@ def make_base(root, cache):
         subprocess.run(["mount", "--make-rslave", f"{root}/{node}"], check=True)
 
 
+def stage_name(rest):
+    return rest.partition(" AS ")[2]
+
+
+def needed_stages(dockerfile, target):
+    """The target and what it copies from, directly or not."""
+    sources, name = {}, None
+    for _, keyword, rest in instructions(dockerfile):
+        if keyword == "FROM":
+            name = stage_name(rest)
+            sources[name] = set()
+        elif keyword == "COPY" and rest.startswith("--from="):
+            sources[name].add(rest.split()[0].removeprefix("--from="))
+    if target not in sources:
+        fail(f"the Dockerfile has no stage {target}, only {', '.join(sources)}")
+    needed, pending = set(), [target]
+    while pending:
+        name = pending.pop()
+        if name not in needed:
+            needed.add(name)
+            pending += sources[name]
+    return needed
+
+
 def build(dockerfile, target, workspace):
     stages, stage = {}, None
+    needed, skipping = needed_stages(dockerfile, target), False
     for number, keyword, rest in instructions(dockerfile):
+        if keyword == "FROM":
+            skipping = stage_name(rest) not in needed
+        if skipping:
+            continue
         if keyword == "FROM":
             image, _, name = rest.partition(" AS ")
             if image in stages:
