@@ -51,7 +51,9 @@ struct EngineConfig {
     field("kv-cache-dtype", self.kv_cache_dtype,
           "auto, fp16, kvarn_k4v2_g128 or kvarn_k4v4_g128; auto: kvarn_k4v2_g128 at head_dim 128");
     field("kv-memory", self.kv_memory,
-          "size of the KV pool, as 8GiB or 512MiB (default on the CPU: a quarter of free memory)");
+          "size of the KV pool, as 8GiB or 512MiB (default: a quarter of free memory on the CPU, "
+          "what "
+          "--gpu-memory-utilization leaves on a GPU)");
     field("gpu-memory-utilization", self.gpu_memory_utilization,
           "share of device memory for weights, workspace and KV, (0, 1]");
     field("enable-prefix-caching", self.enable_prefix_caching,
@@ -74,8 +76,8 @@ struct EngineConfig {
   Status validate() const;
 };
 
-// Tokens of one step: --max-num-batched-tokens, or the device's default (at least max_num_seqs +
-// 128).
+// Tokens of one step: --max-num-batched-tokens, or the default of `device` (at least max_num_seqs +
+// 128). Where `device` is "auto", whoever chose one has to say so first (server/engine_factory).
 int token_budget(const EngineConfig& config);
 
 // "8GiB", "512MiB", "1.5GB", "1000000" -> bytes.

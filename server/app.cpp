@@ -103,9 +103,9 @@ void print_plan(const ModelInfo& model, const MemoryPlan& plan) {
   say(fmt::format("memory  weights {}, workspace {}, KV pool {} = {} pages of {} B",
                   mib(plan.weight_bytes), mib(plan.workspace_bytes), mib(plan.pool_bytes),
                   plan.num_pages, plan.page_id_bytes));
-  say(fmt::format("KV      {}: {} tokens in sequences of {}, {:.2f}x as many as dense fp16",
-                  model.kv_cache_dtype, model.kv_capacity_tokens, model.max_model_len,
-                  model.compression_at_context_length));
+  say(fmt::format("KV      {}: {} tokens in {:.1f} sequences of {}, {:.2f}x as many as dense fp16",
+                  model.kv_cache_dtype, model.kv_capacity_tokens, model.max_concurrency,
+                  model.max_model_len, model.compression_at_context_length));
 }
 
 // The engine thread may hang in a device call: joining it would hang the process too.

@@ -47,7 +47,10 @@ Result<std::unique_ptr<Backend>> choose_backend(const EngineConfig& config) {
   std::string why = "--device cpu";
   if (config.device != "cpu") {
     Result<std::unique_ptr<Backend>> cuda = make_cuda_backend(0);
-    if (cuda.is_ok()) return cuda;
+    if (cuda.is_ok()) {
+      log_info(fmt::format("backend name=\"{}\" device={}", (*cuda)->name(), config.device));
+      return cuda;
+    }
     const Status& error = cuda.status();
     // "No GPU here" is an ordinary answer under auto; any other trouble with one is not.
     if (config.device == "cuda" || error.code() != StatusCode::kUnavailable) {
@@ -69,6 +72,9 @@ Result<LoadedEngine> load_engine(const EngineConfig& config, EngineObserver* obs
   KVARN_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend, choose_backend(config));
   LoadedEngine loaded;
   loaded.backend_name = backend->name();
+  loaded.on_gpu = backend->device_memory().has_value();
+  loaded.config = config;
+  loaded.config.device = loaded.on_gpu ? "cuda" : "cpu";  // step budgets follow the device
   if (!config.model.empty()) {
     loaded.model_dir = config.model;
     loaded.tokenizer_path = loaded.model_dir / "tokenizer.json";
@@ -77,9 +83,9 @@ Result<LoadedEngine> load_engine(const EngineConfig& config, EngineObserver* obs
   loaded.model_config = model->config();
   KVARN_ASSIGN_OR_RETURN(
       std::unique_ptr<ModelRunner> runner,
-      make_model_runner(config, std::move(backend), std::move(model), &loaded.memory_plan));
+      make_model_runner(loaded.config, std::move(backend), std::move(model), &loaded.memory_plan));
   loaded.kv_layout = runner->kv_layout();
-  KVARN_ASSIGN_OR_RETURN(loaded.engine, Engine::create(config, std::move(runner), observer));
+  KVARN_ASSIGN_OR_RETURN(loaded.engine, Engine::create(loaded.config, std::move(runner), observer));
   return loaded;
 }
 

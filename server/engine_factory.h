@@ -16,11 +16,13 @@ namespace kvarn {
 
 // Everything a front end needs to know about the engine it serves.
 struct LoadedEngine {
+  EngineConfig config;  // with the device that was chosen instead of "auto"
   std::unique_ptr<Engine> engine;
   ModelConfig model_config;
   KvLayout kv_layout{};
   MemoryPlan memory_plan;
   std::string backend_name;  // "cpu (avx512_bf16, 2 threads)"
+  bool on_gpu = false;
   // The model's directory: tokenizer.json, tokenizer_config.json and generation_config.json lie
   // here. Empty for dummy weights of a public shape, which have no tokenizer.
   std::filesystem::path model_dir;

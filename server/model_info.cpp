@@ -162,7 +162,7 @@ std::vector<FeatureInfo> features_of(const EngineConfig& config, const LoadedEng
        coded ? "" : "The KV cache is fp16: --kv-cache-dtype says so, or head_dim is not 128."},
       {"prefix_cache", cached, cached ? "" : "Started with --no-enable-prefix-caching."},
       {"chunked_prefill", true, ""},
-      {"cuda_graphs", false, "The backend is the CPU."},
+      {"cuda_graphs", loaded.on_gpu, loaded.on_gpu ? "" : "The backend is the CPU."},
       {"structured_output", false, later},
       {"strict_tools", false, later},
       {"logprobs", true, ""},
@@ -264,7 +264,7 @@ Result<ModelInfo> make_model_info(const EngineConfig& engine_config,
   info.tensor_parallel_size = engine_config.tensor_parallel_size;
   info.max_num_seqs = engine_config.max_num_seqs;
   info.max_queued_requests = engine_config.max_queued_requests;
-  info.max_num_batched_tokens = token_budget(engine_config);
+  info.max_num_batched_tokens = token_budget(loaded.config);
   info.enable_prefix_caching = engine_config.enable_prefix_caching;
   info.gpu_memory_utilization = engine_config.gpu_memory_utilization;
   info.created = std::chrono::duration_cast<std::chrono::seconds>(
