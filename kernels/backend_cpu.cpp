@@ -51,7 +51,7 @@ class CpuBackend final : public Backend {
     return const_cast<void*>(host);
   }
   void download(const void* from, size_t bytes, void* host) override {
-    std::memcpy(host, from, bytes);
+    if (bytes > 0) std::memcpy(host, from, bytes);
   }
   void fill_normal(Tensor out, float stddev, uint64_t seed) override {
     CHECK(out.dtype() == DType::kBF16, "fill_normal: bf16");
