@@ -1,5 +1,6 @@
 // silu(gate) * up, the middle of the SwiGLU MLP: eight columns per thread, fp32 inside.
 #include "kernels/cuda_check.h"
+#include "kernels/device_overlap.cuh"
 #include "kernels/device_vector.cuh"
 #include "kernels/ops_cuda.h"
 
@@ -12,6 +13,7 @@ __global__ void __launch_bounds__(kThreads)
     silu_mul_kernel(const bf16* __restrict__ gate_up,  // [rows, 2 * ffn]
                     bf16* __restrict__ y,              // [rows, ffn]
                     int64_t rows, int ffn) {
+  let_next_kernel_begin();
   const int vectors = ffn / kVector;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = i / vectors;

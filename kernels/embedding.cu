@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cuda_check.h"
+#include "kernels/device_overlap.cuh"
 #include "kernels/device_vector.cuh"
 #include "kernels/ops_cuda.h"
 
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                  const T* __restrict__ table,            // [vocab, hidden]
                  float* __restrict__ out,                // [rows, hidden]
                  int64_t vocab, int hidden) {
+  let_next_kernel_begin();
   const int64_t token = token_ids[blockIdx.x];
   if (token < 0 || token >= vocab) __trap();
   table += token * hidden;
@@ -32,6 +34,7 @@ template <typename Unit>  // the widest that divides a row
 __global__ void __launch_bounds__(kMaxThreads)
     gather_kernel(const Unit* __restrict__ x, const int32_t* __restrict__ rows,
                   Unit* __restrict__ y, int64_t x_rows, int64_t units) {
+  let_next_kernel_begin();
   const int64_t row = rows[blockIdx.x];
   if (row < 0 || row >= x_rows) __trap();
   x += row * units;

@@ -9,6 +9,22 @@
 
 namespace kvarn::cuda {
 
+// Up to here own kernels multiply, in one reading of the weight.
+constexpr int kFewRows = 16;
+
+enum class LinearResult {
+  kStore,    // y = x W^T, bf16 or f32
+  kAdd,      // y += x W^T, f32 (the residual stream)
+  kSiluMul,  // W is gate over up, y = silu(x gate^T) * (x up^T), bf16, half as many columns
+};
+
+// x bf16 [rows, k]; or, with a norm, x f32 [rows, k] that is RMS-normed on its way in.
+struct LinearInput {
+  Tensor x;
+  Tensor norm_weight;  // bf16 [k]; empty: no norm
+  float eps = 0;
+};
+
 // One per stream; run() is called by its thread alone.
 class Linear {
  public:
@@ -22,13 +38,10 @@ class Linear {
   // recording: warm up first).
   void run(Tensor x, const LinearWeight& weight, Tensor y);
 
-  // The same with the op that follows in the same kernel.
-  // residual f32 [rows, n] += x W^T.
-  void run_add(Tensor x, const LinearWeight& weight, Tensor residual);
-  // y bf16 [rows, n / 2] = silu(x gate^T) * (x up^T), weight = gate over up; n / 2 a multiple of 8.
-  // Only for few rows: fuses_silu_mul(rows).
-  void run_silu_mul(Tensor x, const LinearWeight& gate_up, Tensor y);
-  static bool fuses_silu_mul(int64_t rows);
+  // The same in one kernel with the RMS norm in front and the op behind it, for up to kFewRows
+  // rows. kAdd takes no norm and any number of rows.
+  void run_fused(const LinearInput& input, const LinearWeight& weight, LinearResult result,
+                 Tensor y);
 
  private:
   class Impl;

@@ -1,28 +1,34 @@
-// y = x W^T for up to eight rows: a plain read of W with the tensor cores on the side.
+// y = x W^T for up to sixteen rows: a plain read of W with the tensor cores on the side.
 //
 // mma m16n8k8 has x as A and eight rows of W as B (PTX ISA, fragments of m16n8k8). The order of k
 // within a product is free as long as A and B agree, so lane (g, q) = (lane / 4, lane % 4) loads 16
 // contiguous bytes, k = 8q..8q+7 of row g of either, and these are its fragments of four products.
 // Nothing is staged in shared memory: an element of W is used once.
 //
-// A warp keeps kLoads 16-byte loads of W in flight: each register is loaded again, with what comes
-// kLoads loads later (of the next tile, where this one ends), as soon as it has been used. W is
-// requested before the kernel in front has ended (griddepcontrol.wait), x after.
+// A warp keeps all its loads of W in flight: each register is loaded again, with what comes one
+// round later (of the next columns, where these end), as soon as it has been used. W is requested
+// before the kernel in front has ended (griddepcontrol.wait), x after.
+//
+// An RMS norm is taken along: the product is of x * norm_weight, rounded to bf16 as a normed x
+// would be, and the sums are scaled by 1 / sqrt(mean(x^2) + eps) at the end.
 #include <algorithm>
 
 #include "kernels/cuda_check.h"
+#include "kernels/device_overlap.cuh"
 #include "kernels/device_vector.cuh"
 #include "kernels/linear_few_cuda.h"
 
 namespace kvarn::cuda {
 namespace {
 
-constexpr int kTileColumns = 8;  // rows of W in a tile: columns of y
-constexpr int kChunk = 32;       // k of one 16-byte load by four lanes
-constexpr int kLoads = 8;        // in flight per lane
+constexpr int kTile = 8;    // columns of y and rows of x of a product
+constexpr int kChunk = 32;  // k of one 16-byte load by four lanes
 constexpr int kMaxWarps = 16;
-constexpr int kMaxTiles = 2;
 constexpr int kMaxParts = 3;
+
+// 16-byte loads of a row of W in flight per lane: 8 in all of one or two rows, as far as there are
+// registers for as many of each eight rows of x.
+constexpr int chunks_of(int tiles, int row_blocks) { return tiles * row_blocks == 1 ? 8 : 4; }
 
 struct Weight {
   const bf16* part[kMaxParts];  // [columns, k]
@@ -32,16 +38,16 @@ struct Weight {
 };
 
 struct Params {
-  const bf16* x;  // [rows, k]
+  const void* x;            // [rows, k]
+  const bf16* norm_weight;  // [k]
+  float eps;
   Weight weight;
   void* y;  // [rows, y_columns]
   int rows, k, y_columns;
-  int tiles;       // of the weight; of the gate alone for kSiluMul
-  int groups;      // units of work of a block: kTiles tiles each
+  int groups;      // tiles of y, the units of work of a block
   int iterations;  // over k
 };
 
-// The part and the first column of a tile.
 __device__ int part_of(const Weight& w, int tile) {
   int part = 0;
 #pragma unroll
@@ -63,11 +69,12 @@ __device__ uint4 load_weight(const bf16* from, bool on) {
   KVARN_LOAD_IF("ld.global.nc.L1::no_allocate.v4.b32", v, from, on);
   return v;
 }
-__device__ uint4 load_x(const bf16* from, bool on) {
+__device__ uint4 load_if(const void* from, bool on) {
   uint4 v;
   KVARN_LOAD_IF("ld.global.v4.b32", v, from, on);
   return v;
 }
+#undef KVARN_LOAD_IF
 
 // Adds the products of 32 k of eight rows of x with eight columns. A fragment of x has two words of
 // each lane: one counts as row g, one as row g + 8, so of each product one half is of use: rows 0-7
@@ -88,58 +95,78 @@ __device__ void multiply(float (&first)[4], float (&second)[4], const uint4& x, 
 }
 
 // Keeps the compiler from splitting the address into one register pair for each access.
-__device__ const bf16* as_one_address(const bf16* p) {
+template <typename T>
+__device__ const T* as_one_address(const T* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
 
-// The kernel in front has ended and its writes are visible. Nothing to wait for without overlap.
-__device__ void wait_for_kernel_in_front() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+// Eight values of x times the norm's weights, as bf16; their squares are added to `squares`.
+__device__ uint4 weighted(const uint4& a, const uint4& b, const uint4& scale, float& squares) {
+  const auto pair = [&](uint32_t x0, uint32_t x1, uint32_t scales) {
+    const float v0 = __uint_as_float(x0), v1 = __uint_as_float(x1);
+    squares += v0 * v0;
+    squares += v1 * v1;
+    return pack_bf16(v0 * low_bf16(scales), v1 * high_bf16(scales));
+  };
+  return make_uint4(pair(a.x, a.y, scale.x), pair(a.z, a.w, scale.y), pair(b.x, b.y, scale.z),
+                    pair(b.z, b.w, scale.w));
 }
 
-template <int kTiles, LinearResult kResult, typename Y>
+template <int kRowBlocks, bool kNorm, LinearResult kResult, typename Y>
 __global__ void __launch_bounds__(kMaxWarps * 32)
     few_rows_kernel(const __grid_constant__ Params p) {
-  constexpr int kChunks = kLoads / kTiles;
+  using X = std::conditional_t<kNorm, float, bf16>;
+  constexpr int kTiles = kResult == LinearResult::kSiluMul ? 2 : 1;
+  constexpr int kRows = kRowBlocks * kTile;
+  constexpr int kChunks = chunks_of(kTiles, kRowBlocks);
   constexpr int kWarpK = kChunks * kChunk;
-  constexpr int kGroupColumns = kTiles * kTileColumns;
-  // Two, so that one barrier a group is enough: the sums of a group are read before the next
-  // group's barrier, and written again only after it.
-  __shared__ float shared[2][kMaxWarps][kFewRows][kGroupColumns];
+  // Two of each, so that one barrier a group is enough: the sums of a group are read before the
+  // next group's barrier, and written again only after it.
+  __shared__ float shared[2][kMaxWarps][kRows][kTiles * kTile];
+  __shared__ float shared_squares[2][kMaxWarps][kNorm ? kRows : 1];
 
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int g = lane / 4, q = lane % 4;
-  const auto tile_of = [&](int group, int t) {
-    // The up tiles follow the gate's.
-    const int tile = kResult == LinearResult::kSiluMul ? group + t * p.tiles : group * kTiles + t;
-    return kResult == LinearResult::kSiluMul ? tile : min(tile, p.tiles - 1);
-  };
-  const bf16* row[kTiles];  // this lane's of each tile
+  const bf16* row[kTiles];  // this lane's of W
   const auto take_group = [&](int group) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int tile = tile_of(group, t), part = part_of(p.weight, tile);
+      const int tile = group + t * p.groups;  // the up tiles follow the gate's
+      const int part = part_of(p.weight, tile);
       // Columns that are none repeat the last one; nobody reads their sums.
-      const int r =
-          min((tile - p.weight.first_tile[part]) * kTileColumns + g, p.weight.columns[part] - 1);
+      const int r = min((tile - p.weight.first_tile[part]) * kTile + g, p.weight.columns[part] - 1);
       row[t] = p.weight.part[part] + int64_t{r} * p.k;
     }
   };
 
-  uint4 w[kTiles][kChunks], x[kChunks];
+  uint4 w[kTiles][kChunks], x[kRowBlocks][kChunks];
+  float squares[kRowBlocks] = {};
   const int first_k = warp * kWarpK + q * 8, step_k = warps * kWarpK;
-  const bf16* x_row = p.x + g * p.k;
-  const bool has_row = g < p.rows;
+  const X* x_row = static_cast<const X*>(p.x) + g * p.k;
   int group = static_cast<int>(blockIdx.x);
+
+  // Chunks from `k` on; `left` elements of a row are left there.
+  const auto take_x = [&](int k, int left) {
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const X* from = as_one_address(x_row + b * kTile * p.k + k);
+      const int here = b * kTile + g < p.rows ? left : 0;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const bool on = here > c * kChunk;
+        if constexpr (kNorm) {
+          const uint4 low = load_if(from + c * kChunk, on);
+          const uint4 high = load_if(from + c * kChunk + 4, on);
+          const uint4 scale = load_if(p.norm_weight + k + c * kChunk, on);
+          x[b][c] = weighted(low, high, scale, squares[b]);
+        } else {
+          x[b][c] = load_if(from + c * kChunk, on);
+        }
+      }
+    }
+  };
 
   let_next_kernel_begin();
   take_group(group);
@@ -148,18 +175,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
     const bf16* from = as_one_address(row[t] + first_k);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      w[t][c] = load_weight(from + c * kChunk, c * kChunk < p.k - first_k);
+      w[t][c] = load_weight(from + c * kChunk, p.k - first_k > c * kChunk);
     }
   }
   wait_for_kernel_in_front();
-  const int x_k = has_row ? p.k : 0;  // where this lane's row of x ends
-  const bf16* x_from = as_one_address(x_row + first_k);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) x[c] = load_x(x_from + c * kChunk, c * kChunk < x_k - first_k);
+  take_x(first_k, p.k - first_k);
 
   for (int buffer = 0; group < p.groups; buffer ^= 1) {
     const int next_group = group + static_cast<int>(gridDim.x);
-    float first[kTiles][4] = {}, second[kTiles][4] = {};
+    float first[kRowBlocks][kTiles][4] = {}, second[kRowBlocks][kTiles][4] = {};
+    float group_squares[kRowBlocks];
     for (int i = 0; i < p.iterations; ++i) {
       int next_k = first_k + (i + 1) * step_k;
       int end = p.k;
@@ -171,49 +196,71 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
           end = 0;
         }
       }
-      const int left = end - next_k, x_left = has_row ? left : 0;  // of a row from there on
+      const int left = end - next_k;  // of a row from there on
       const bf16* from[kTiles];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) from[t] = as_one_address(row[t] + next_k);
-      x_from = as_one_address(x_row + next_k);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          multiply(first[t], second[t], x[c], w[t][c]);
+#pragma unroll
+          for (int b = 0; b < kRowBlocks; ++b) {
+            multiply(first[b][t], second[b][t], x[b][c], w[t][c]);
+          }
           w[t][c] = load_weight(from[t] + c * kChunk, left > c * kChunk);
         }
-        x[c] = load_x(x_from + c * kChunk, x_left > c * kChunk);
       }
+      if constexpr (kNorm) {
+        if (i + 1 == p.iterations) {
+#pragma unroll
+          for (int b = 0; b < kRowBlocks; ++b) {
+            group_squares[b] = squares[b];
+            squares[b] = 0.f;
+          }
+        }
+      }
+      take_x(next_k, left);
     }
 
-    if (has_row) {  // lane (g, q) holds columns 2q and 2q + 1 of row g
+    // Lane (g, q) holds columns 2q and 2q + 1 of row g.
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const int r = b * kTile + g;
+      if constexpr (kNorm) {
+        float s = group_squares[b];
+        s += __shfl_xor_sync(~0u, s, 1);
+        s += __shfl_xor_sync(~0u, s, 2);
+        if (q == 0) shared_squares[buffer][warp][r] = s;
+      }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        *reinterpret_cast<float2*>(&shared[buffer][warp][g][t * kTileColumns + 2 * q]) =
-            make_float2(first[t][0] + second[t][2], first[t][1] + second[t][3]);
+        *reinterpret_cast<float2*>(&shared[buffer][warp][r][t * kTile + 2 * q]) =
+            make_float2(first[b][t][0] + second[b][t][2], first[b][t][1] + second[b][t][3]);
       }
     }
     __syncthreads();
-    const auto total = [&](int r, int column) {
-      float s = 0.f;
-      for (int i = 0; i < warps; ++i) s += shared[buffer][i][r][column];
-      return s;
-    };
-    constexpr int kResultColumns = kResult == LinearResult::kSiluMul ? kTileColumns : kGroupColumns;
-    for (int i = static_cast<int>(threadIdx.x); i < p.rows * kResultColumns;
+    for (int i = static_cast<int>(threadIdx.x); i < p.rows * kTile;
          i += static_cast<int>(blockDim.x)) {
-      const int r = i / kResultColumns, column = i % kResultColumns;
-      const int t = column / kTileColumns;
-      if (kResult != LinearResult::kSiluMul && group * kTiles + t >= p.tiles) continue;
-      const int tile = tile_of(group, t), part = part_of(p.weight, tile);
-      const int in_part = (tile - p.weight.first_tile[part]) * kTileColumns + column % kTileColumns;
+      const int r = i / kTile, column = i % kTile, part = part_of(p.weight, group);
+      const int in_part = (group - p.weight.first_tile[part]) * kTile + column;
       if (in_part >= p.weight.columns[part]) continue;
+      float total[kTiles] = {}, square = 0.f;
+      for (int j = 0; j < warps; ++j) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) total[t] += shared[buffer][j][r][t * kTile + column];
+        if constexpr (kNorm) square += shared_squares[buffer][j][r];
+      }
+      if constexpr (kNorm) {
+        const float scale = 1.f / sqrtf(square / static_cast<float>(p.k) + p.eps);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) total[t] *= scale;
+      }
       Y* y =
           static_cast<Y*>(p.y) + int64_t{r} * p.y_columns + p.weight.first_column[part] + in_part;
-      float value = total(r, column);
+      float value = total[0];
       if constexpr (kResult == LinearResult::kSiluMul) {
-        value = value / (1.f + expf(-value)) * total(r, column + kTileColumns);
+        value = value / (1.f + expf(-value)) * total[kTiles - 1];
       }
       if constexpr (kResult == LinearResult::kAdd) value += *y;
       if constexpr (sizeof(Y) == 2) {
@@ -226,7 +273,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   }
 }
 
-template <int kTiles, LinearResult kResult, typename Y>
+template <int kRowBlocks, bool kNorm, LinearResult kResult, typename Y>
 void launch(cudaStream_t stream, const Params& params, const FewRowsPlan& plan, bool overlap) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -237,45 +284,89 @@ void launch(cudaStream_t stream, const Params& params, const FewRowsPlan& plan, 
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, few_rows_kernel<kTiles, kResult, Y>, params));
+  CUDA_CHECK(cudaLaunchKernelEx(&config, few_rows_kernel<kRowBlocks, kNorm, kResult, Y>, params));
+}
+
+template <int kRowBlocks, bool kNorm>
+void launch_result(cudaStream_t stream, const Params& params, LinearResult result, DType y_dtype,
+                   const FewRowsPlan& plan, bool overlap) {
+  using enum LinearResult;
+  switch (result) {
+    case kSiluMul:
+      return launch<kRowBlocks, kNorm, kSiluMul, bf16>(stream, params, plan, overlap);
+    case kAdd:
+      if constexpr (!kNorm) launch<kRowBlocks, kNorm, kAdd, float>(stream, params, plan, overlap);
+      return;
+    case kStore:
+      if (y_dtype == DType::kF32) {
+        return launch<kRowBlocks, kNorm, kStore, float>(stream, params, plan, overlap);
+      }
+      return launch<kRowBlocks, kNorm, kStore, bf16>(stream, params, plan, overlap);
+  }
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace
-
-FewRowsPlan few_rows_plan(int64_t n, int64_t k, LinearResult result, int multiprocessors) {
-  const int tiles = result == LinearResult::kSiluMul ? 2 : 1;
-  const int64_t warp_k = int64_t{kLoads / tiles} * kChunk;
-  const auto warps = static_cast<int>(std::clamp<int64_t>(ceil_div(k, warp_k), 4, 8));
-  (void)multiprocessors;
-  return {tiles, warps, ceil_div(n, kTileColumns)};
+int64_t warp_k(int64_t rows, LinearResult result) {
+  return kChunk * chunks_of(result == LinearResult::kSiluMul ? 2 : 1, rows <= kTile ? 1 : 2);
 }
 
-void linear_few_rows(cudaStream_t stream, Tensor x, const LinearWeight& weight, Tensor y,
-                     LinearResult result, const FewRowsPlan& plan, bool overlap) {
+}  // namespace
+
+FewRowsPlan few_rows_plan(int64_t rows, int64_t n, int64_t k, LinearResult result,
+                          int multiprocessors) {
+  const int64_t groups = ceil_div(result == LinearResult::kSiluMul ? n / 2 : n, kTile);
+  const int64_t shares = ceil_div(k, warp_k(rows, result));  // of k, one a warp and iteration
+  // A multiprocessor has registers for 16 warps. Where it has a single block, that takes what it
+  // can use of them; where it has several, the largest block of 4 to 8 warps that leaves the fewest
+  // warps, of those or of the last iteration's, without work.
+  const int most = groups <= multiprocessors ? kMaxWarps : 8;
+  const auto busy = [&](int64_t warps) {
+    const int64_t resident = most == kMaxWarps ? warps : kMaxWarps / warps * warps;
+    return static_cast<double>(resident * shares) /
+           static_cast<double>(ceil_div(shares, warps) * warps);
+  };
+  int best = 4;
+  for (int warps = 5; warps <= most; ++warps) {
+    if (busy(warps) >= busy(best)) best = warps;
+  }
+  return {static_cast<int>(std::min<int64_t>(best, std::max<int64_t>(shares, 1))), groups};
+}
+
+void linear_few_rows(cudaStream_t stream, const LinearInput& input, const LinearWeight& weight,
+                     Tensor y, LinearResult result, const FewRowsPlan& plan, bool overlap) {
+  const Tensor& x = input.x;
+  const bool norm = input.norm_weight.dims() > 0;
+  CHECK(x.dims() == 2 && x.dtype() == (norm ? DType::kF32 : DType::kBF16),
+        "x is bf16 [rows, k], or f32 before a norm");
   const int64_t rows = x.dim(0), k = x.dim(1), n = weight.out_features();
-  CHECK(x.dims() == 2 && x.dtype() == DType::kBF16, "x is bf16 [rows, k]");
-  CHECK(rows <= kFewRows, "at most eight rows");
+  CHECK(rows <= kFewRows, "at most sixteen rows");
   CHECK(k % 8 == 0, "rows are read by eights: k must be a multiple of 8");
   CHECK(reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0, "x is aligned to 16 bytes");
   CHECK(weight.num_parts >= 1 && weight.num_parts <= kMaxParts, "one to three parts");
   CHECK(y.dims() == 2 && y.dim(0) == rows, "y has a row for each of x");
-  CHECK(plan.tiles >= 1 && plan.tiles <= kMaxTiles && plan.warps >= 1 && plan.warps <= kMaxWarps,
-        "a plan within the limits");
+  CHECK(plan.warps >= 1 && plan.warps <= kMaxWarps && plan.blocks >= 1, "a plan within the limits");
   if (rows == 0 || n == 0) return;
 
   Params params{};
-  params.x = x.data<bf16>();
+  params.x = x.raw();
+  if (norm) {
+    CHECK(input.norm_weight.dtype() == DType::kBF16 && input.norm_weight.size() == k,
+          "the norm's weight is bf16 [k]");
+    CHECK(reinterpret_cast<uintptr_t>(input.norm_weight.raw()) % 16 == 0,
+          "the norm's weight is aligned to 16 bytes");
+    params.norm_weight = input.norm_weight.data<bf16>();
+    params.eps = input.eps;
+  }
   params.y = y.raw();
   params.rows = static_cast<int>(rows);
   params.k = static_cast<int>(k);
-  int tile = 0, column = 0;
+  params.y_columns = static_cast<int>(y.dim(1));
+  int column = 0;
   for (int i = 0; i < kMaxParts; ++i) {
-    const auto at = static_cast<size_t>(i);
-    params.weight.first_tile[i] = i < weight.num_parts ? tile : INT32_MAX;
+    params.weight.first_tile[i] = i < weight.num_parts ? params.groups : INT32_MAX;
     if (i >= weight.num_parts) continue;
-    const Tensor& part = weight.parts[at];
+    const Tensor& part = weight.parts[static_cast<size_t>(i)];
     CHECK(part.dims() == 2 && part.dim(1) == k && part.dtype() == DType::kBF16,
           "the weight is bf16 [n, k]");
     CHECK(reinterpret_cast<uintptr_t>(part.raw()) % 16 == 0, "weights are aligned to 16 bytes");
@@ -283,43 +374,29 @@ void linear_few_rows(cudaStream_t stream, Tensor x, const LinearWeight& weight, 
     params.weight.columns[i] = static_cast<int>(part.dim(0));
     params.weight.first_column[i] = column;
     column += static_cast<int>(part.dim(0));
-    tile += static_cast<int>(ceil_div(part.dim(0), kTileColumns));
+    params.groups += static_cast<int>(ceil_div(part.dim(0), kTile));
   }
-  if (result == LinearResult::kSiluMul) {
-    CHECK(plan.tiles == 2 && tile % 2 == 0 && n % (2 * kTileColumns) == 0,
-          "gate and up are whole tiles");
-    CHECK(weight.num_parts == 1 || (weight.num_parts == 2 && 2 * weight.parts[0].dim(0) == n),
-          "gate and up are one matrix or two equal ones");
-    CHECK(y.dtype() == DType::kBF16 && 2 * y.dim(1) == n, "y is bf16 [rows, ffn]");
-    tile /= 2;
-  } else {
-    CHECK(y.dim(1) == n, "y has a column for each row of the weight");
+  params.iterations = static_cast<int>(ceil_div(k, plan.warps * warp_k(rows, result)));
+  switch (result) {
+    case LinearResult::kSiluMul:
+      CHECK(n % (2 * kTile) == 0, "gate and up are whole tiles");
+      CHECK(weight.num_parts == 1 || (weight.num_parts == 2 && 2 * weight.parts[0].dim(0) == n),
+            "gate and up are one matrix or two equal ones");
+      CHECK(y.dtype() == DType::kBF16 && 2 * y.dim(1) == n, "y is bf16 [rows, ffn]");
+      params.groups /= 2;
+      break;
+    case LinearResult::kAdd:
+      CHECK(y.dtype() == DType::kF32 && y.dim(1) == n, "the residual is f32 [rows, n]");
+      CHECK(!norm, "what is added to the residual comes from no norm");
+      break;
+    case LinearResult::kStore:
+      CHECK((y.dtype() == DType::kBF16 || y.dtype() == DType::kF32) && y.dim(1) == n,
+            "y is bf16 or f32 [rows, n]");
+      break;
   }
-  params.y_columns = static_cast<int>(y.dim(1));
-  params.tiles = tile;
-  params.groups =
-      static_cast<int>(result == LinearResult::kSiluMul ? tile : ceil_div(tile, plan.tiles));
-  params.iterations =
-      static_cast<int>(ceil_div(k, int64_t{plan.warps} * (kLoads / plan.tiles) * kChunk));
-
-  using enum LinearResult;
-  const bool two = plan.tiles == 2;
-  if (result == kSiluMul) return launch<2, kSiluMul, bf16>(stream, params, plan, overlap);
-  if (result == kAdd) {
-    CHECK(y.dtype() == DType::kF32, "only f32 is added to");
-    return two ? launch<2, kAdd, float>(stream, params, plan, overlap)
-               : launch<1, kAdd, float>(stream, params, plan, overlap);
-  }
-  switch (y.dtype()) {
-    case DType::kBF16:
-      return two ? launch<2, kStore, bf16>(stream, params, plan, overlap)
-                 : launch<1, kStore, bf16>(stream, params, plan, overlap);
-    case DType::kF32:
-      return two ? launch<2, kStore, float>(stream, params, plan, overlap)
-                 : launch<1, kStore, float>(stream, params, plan, overlap);
-    default:
-      CHECK(false, "linear gives bf16 or f32");
-  }
+  const auto launcher = rows <= kTile ? (norm ? launch_result<1, true> : launch_result<1, false>)
+                                      : (norm ? launch_result<2, true> : launch_result<2, false>);
+  launcher(stream, params, result, y.dtype(), plan, overlap);
 }
 
 }  // namespace kvarn::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cuda_check.h"
+#include "kernels/device_overlap.cuh"
 #include "kernels/device_vector.cuh"
 #include "kernels/ops_cuda.h"
 
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                     bf16* __restrict__ y,            // [rows, hidden]
                     int hidden, float eps) {
   __shared__ float shared[32];
+  let_next_kernel_begin();
   x += int64_t{blockIdx.x} * hidden;
   y += int64_t{blockIdx.x} * hidden;
   if constexpr (kAdd) delta += int64_t{blockIdx.x} * hidden;
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 __global__ void __launch_bounds__(kAddThreads)
     add_kernel(float* __restrict__ residual, const bf16* __restrict__ delta, int64_t size) {
+  let_next_kernel_begin();
   const int64_t i = (int64_t{blockIdx.x} * kAddThreads + threadIdx.x) * kVector;
   if (i >= size) return;
   Floats8 sum = load8(residual + i);

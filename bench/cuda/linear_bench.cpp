@@ -1,7 +1,8 @@
 // Linear layers of the Qwen3 models, in a graph, weights from memory: own kernels for few rows and
 // cuBLASLt, against a plain read of the same weights in the same run.
-//   kvarn_cuda_linear_bench [--model 0.6B] [--sweep 1] [--json FILE] [--commit HASH]
-// --sweep prints every plan for few rows instead: how few_rows_plan() was found.
+//   kvarn_cuda_linear_bench [--model 0.6B] [--matrix qkv] [--sweep 1] [--layers 1] [--json FILE]
+// --sweep prints every plan for few rows instead: how few_rows_plan() was found. --layers times the
+// linear part of a whole layer, fused and not.
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -107,7 +108,8 @@ class Case {
     LinearWeight w;
     w.num_parts = 1;
     w.parts[0] = weight(variant);
-    cuda::linear_few_rows(stream, x(rows), w, y(rows), cuda::LinearResult::kStore, plan, overlap);
+    cuda::linear_few_rows(stream, {x(rows), {}, 0}, w, y(rows), cuda::LinearResult::kStore, plan,
+                          overlap);
   }
   std::vector<float> results(int64_t rows) const {
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -136,25 +138,117 @@ void sweep(const Case& c, const Matrix& m, cuda::CublasLt& library, int sms, int
   const double theirs = c.library_us(rows, library);
   std::printf("%s %s M %d: library %.2f us (%.0f %%)\n", m.model.c_str(), m.name.c_str(),
               static_cast<int>(rows), theirs, percent(theirs));
-  for (const int tiles : {1, 2}) {
-    for (const int warps : {4, 6, 8, 10, 12, 16}) {
-      const int64_t all = (m.n / 8 + tiles - 1) / tiles;
-      std::set<int64_t> grids = {all};
-      if (warps == 8) grids.insert({std::min<int64_t>(all, sms), std::min<int64_t>(all, 2 * sms)});
-      if (warps == 4) grids.insert(std::min<int64_t>(all, 4 * sms));
-      if (warps == 16) grids.insert(std::min<int64_t>(all, sms));
-      for (const int64_t blocks : grids) {
-        const double us = c.own_us(rows, {tiles, warps, blocks}, false);
-        const double overlapped =
-            blocks == all ? c.own_us(rows, {tiles, warps, blocks}, true) : kNone;
-        std::printf(
-            "  tiles %d warps %2d blocks %5d: %7.2f us (%.0f %%), overlapped %.2f (%.0f %%)\n",
-            tiles, warps, static_cast<int>(blocks), us, percent(us), overlapped,
-            percent(overlapped));
-      }
+  const int64_t all = (m.n + 7) / 8;
+  for (const int warps : {4, 5, 6, 8, 10, 12, 16}) {
+    std::set<int64_t> grids = {all, std::min<int64_t>(all, int64_t{16 / warps} * sms)};
+    for (const int64_t blocks : grids) {
+      const double us = c.own_us(rows, {warps, blocks}, false);
+      const double overlapped = blocks == all ? c.own_us(rows, {warps, blocks}, true) : kNone;
+      std::printf("  warps %2d blocks %5d: %7.2f us (%.0f %%), overlapped %.2f (%.0f %%)\n", warps,
+                  static_cast<int>(blocks), us, percent(us), overlapped, percent(overlapped));
     }
   }
   std::fflush(stdout);
+}
+
+// The linear part of a layer with what lies between: seven kernels, or four with norms, silu * mul
+// and the additions to the residual fused.
+class Layer {
+ public:
+  Layer(const std::vector<Matrix>& all, const std::string& model, const DeviceBytes& quantiles) {
+    for (const Matrix& m : all) {
+      if (m.model == model && m.name != "head") matrices_[m.name] = m;
+    }
+    for (const auto& [name, m] : matrices_) bytes_ += m.bytes();
+    variants_ = variants_for(bytes_);
+    weights_ = std::make_unique<DeviceBytes>(bytes_ * static_cast<size_t>(variants_));
+    hidden_ = matrices_["o"].n;
+    ffn_ = matrices_["down"].k;
+    const int64_t widest = std::max(matrices_["gate_up"].n, matrices_["qkv"].n);
+    for (auto* activation : {&residual_, &norm_, &x_, &wide_, &heads_, &delta_}) {
+      *activation = std::make_unique<DeviceBytes>(static_cast<size_t>(cuda::kFewRows * widest) * 4);
+    }
+    const auto* table = reinterpret_cast<const bf16*>(quantiles.data());
+    const auto fill = [&](const DeviceBytes& bytes, uint64_t seed) {
+      const auto count = static_cast<int64_t>(bytes.bytes() / sizeof(bf16));
+      cuda::fill_normal(nullptr, Tensor(bytes.data(), DType::kBF16, {count}), table, seed);
+    };
+    fill(*weights_, 1);
+    fill(*norm_, 2);
+    fill(*heads_, 3);
+    CUDA_CHECK(cudaMemset(residual_->data(), 0x3c, residual_->bytes()));  // 0.0115
+    CUDA_CHECK(cudaDeviceSynchronize());
+  }
+  size_t bytes() const { return bytes_; }
+
+  double us(int64_t rows, bool fused, bool overlap, int sms) const {
+    return time_us(variants_, [&](cudaStream_t stream, int variant) {
+      size_t offset = bytes_ * static_cast<size_t>(variant);
+      const auto linear = [&](const char* name, const cuda::LinearInput& input, Tensor y,
+                              cuda::LinearResult result) {
+        const Matrix& m = matrices_.at(name);
+        LinearWeight w;
+        w.num_parts = 1;
+        w.parts[0] = Tensor(weights_->data() + offset, DType::kBF16, {m.n, m.k});
+        offset += m.bytes();
+        cuda::linear_few_rows(stream, input, w, y, result,
+                              cuda::few_rows_plan(rows, m.n, m.k, result, sms), overlap);
+      };
+      using enum cuda::LinearResult;
+      const Tensor residual(residual_->data(), DType::kF32, {rows, hidden_});
+      const Tensor gamma(norm_->data(), DType::kBF16, {hidden_});
+      const auto narrow = [&](const DeviceBytes& bytes, int64_t columns) {
+        return Tensor(bytes.data(), DType::kBF16, {rows, columns});
+      };
+      const Tensor x = narrow(*x_, hidden_), delta = narrow(*delta_, hidden_);
+      const Tensor wide = narrow(*wide_, matrices_.at("qkv").n);
+      const Tensor heads = narrow(*heads_, matrices_.at("o").k);
+      const Tensor gate_up = narrow(*wide_, 2 * ffn_), hidden = narrow(*x_, ffn_);
+      if (fused) {
+        linear("qkv", {residual, gamma, 1e-6f}, wide, kStore);
+        linear("o", {heads, {}, 0}, residual, kAdd);
+        linear("gate_up", {residual, gamma, 1e-6f}, hidden, kSiluMul);
+        linear("down", {hidden, {}, 0}, residual, kAdd);
+        return;
+      }
+      cuda::add_rms_norm(stream, residual, delta, gamma, 1e-6f, x);
+      linear("qkv", {x, {}, 0}, wide, kStore);
+      linear("o", {heads, {}, 0}, delta, kStore);
+      cuda::add_rms_norm(stream, residual, delta, gamma, 1e-6f, x);
+      linear("gate_up", {x, {}, 0}, gate_up, kStore);
+      cuda::silu_mul(stream, gate_up, hidden);
+      linear("down", {hidden, {}, 0}, delta, kStore);
+    });
+  }
+
+ private:
+  std::map<std::string, Matrix> matrices_;
+  size_t bytes_ = 0;
+  int variants_ = 0;
+  int64_t hidden_ = 0, ffn_ = 0;
+  std::unique_ptr<DeviceBytes> weights_, residual_, norm_, x_, wide_, heads_, delta_;
+};
+
+void layers(const std::string& only, const DeviceBytes& quantiles, int sms, Report& report) {
+  for (const std::string model : {"0.6B", "1.7B", "4B", "8B", "14B", "32B"}) {
+    if (!only.empty() && model != only) continue;
+    const Layer layer(matrices(), model, quantiles);
+    const double limit = read_limit_us(layer.bytes());
+    for (const int64_t rows : {1, 8, 16}) {
+      for (const bool fused : {false, true}) {
+        for (const bool overlap : {false, true}) {
+          const double us = layer.us(rows, fused, overlap, sms);
+          report.add({.name = "layer-" + model + "-m" + std::to_string(rows) +
+                              (fused ? "-fused" : "-separate") + (overlap ? "-overlapped" : ""),
+                      .value = us,
+                      .unit = "us",
+                      .against = "plain read of the weights",
+                      .against_value = limit,
+                      .ratio = limit / us});
+        }
+      }
+    }
+  }
 }
 
 int run(int argc, char** argv) {
@@ -168,23 +262,31 @@ int run(int argc, char** argv) {
   CUDA_CHECK(cudaMemcpy(quantiles.data(), table.data(), quantiles.bytes(), cudaMemcpyHostToDevice));
   cuda::CublasLt library;
   Report report(argc, argv);
+  if (option(argc, argv, "--layers", "0") == "1") {
+    layers(model, quantiles, sms, report);
+    return 0;
+  }
   std::map<size_t, double> limits;
   for (const Matrix& m : matrices()) {
     if (!model.empty() && m.model != model) continue;
     if (!only.empty() && m.name != only) continue;
     const Case c(m, quantiles);
-    const auto plan = cuda::few_rows_plan(m.n, m.k, cuda::LinearResult::kStore, sms);
-    if (const double d = c.difference(8, plan, library); !(d < 1e-2)) {
-      std::fprintf(stderr, "%s %s: results differ by %g\n", m.model.c_str(), m.name.c_str(), d);
-      return 1;
+    const auto plan = [&](int64_t rows) {
+      return cuda::few_rows_plan(rows, m.n, m.k, cuda::LinearResult::kStore, sms);
+    };
+    for (const int64_t rows : {8, 16}) {
+      if (const double d = c.difference(rows, plan(rows), library); !(d < 1e-2)) {
+        std::fprintf(stderr, "%s %s: results differ by %g\n", m.model.c_str(), m.name.c_str(), d);
+        return 1;
+      }
     }
     if (sweeps) {
-      for (const int64_t rows : {1, 8}) sweep(c, m, library, sms, rows);
+      for (const int64_t rows : {1, 8, 16}) sweep(c, m, library, sms, rows);
       continue;
     }
     if (!limits.contains(m.bytes())) limits[m.bytes()] = read_limit_us(m.bytes());
     const double limit = limits[m.bytes()];
-    for (const int64_t rows : {1, 4, 8, 32, 128}) {
+    for (const int64_t rows : {1, 4, 8, 16, 32, 128}) {
       const std::string name = "linear-" + m.model + "-" + m.name + "-m" + std::to_string(rows);
       const auto add = [&](const char* who, double us) {
         report.add({.name = name + "-" + who,
@@ -195,7 +297,10 @@ int run(int argc, char** argv) {
                     .ratio = limit / us});
         std::printf("    %.0f GB/s\n", static_cast<double>(m.bytes()) * 1e-3 / us);
       };
-      if (rows <= cuda::kFewRows) add("own", c.own_us(rows, plan, false));
+      if (rows <= cuda::kFewRows) {
+        add("own", c.own_us(rows, plan(rows), false));
+        add("own-overlapped", c.own_us(rows, plan(rows), true));
+      }
       add("cublaslt", c.library_us(rows, library));
     }
   }
