@@ -27,20 +27,33 @@ bool is_late(const AttentionSequence& s) { return s.first_position % kTile != 0;
 
 int query_tiles_of(const AttentionSequence& s) { return blocks_for(s.num_rows); }
 
-// Blocks of the sequence that may have to be in scratch: those before its last query tile.
-int scratch_tiles_of(const AttentionSequence& s) {
-  if (s.num_rows == 0) return 0;
-  return (s.first_position + s.num_rows - 1) / kTile + (is_late(s) ? 1 : 0);
-}
+// Which blocks are put into scratch.
+struct ScratchRule {
+  bool coded;        // the layout
+  bool reads_pages;  // exact blocks before a chunk need no scratch (fp16 layout)
 
-bool expands(const AttentionSequence& s, int block, bool coded) {
-  return kTile * block < s.first_position || (coded && block >= kSinkBlocks);
-}
-int expand_tiles_of(const AttentionSequence& s, bool coded) {
-  int count = 0;
-  for (int block = 0; block < scratch_tiles_of(s); ++block) count += expands(s, block, coded);
-  return count;
-}
+  // Blocks [0, n) of a sequence have places in scratch: those before its last query tile.
+  int tiles_of(const AttentionSequence& s) const {
+    if (s.num_rows == 0 || (reads_pages && !is_late(s))) return 0;
+    return (s.first_position + s.num_rows - 1) / kTile + (is_late(s) ? 1 : 0);
+  }
+  bool expands(const AttentionSequence& s, int block) const {
+    return kTile * block < s.first_position || (coded && block >= kSinkBlocks);
+  }
+  int expand_tiles_of(const AttentionSequence& s) const {
+    int count = 0;
+    for (int block = 0; block < tiles_of(s); ++block) count += expands(s, block);
+    return count;
+  }
+  ExpandTile expand_tile(const AttentionSequence& s, int block, int scratch_tile) const {
+    const int start = kTile * block;
+    const bool own = is_late(s) && block == s.first_position / kTile;
+    const bool exact = own || !coded || block < kSinkBlocks;
+    return {s.first_block + block, scratch_tile,
+            exact ? std::min(kTile, s.first_position - start) : -1, own ? s.first_row : -1,
+            start >= s.first_position};
+  }
+};
 
 // Sequences [first, end) whose blocks fit into scratch together.
 struct Group {
@@ -48,14 +61,14 @@ struct Group {
   int query_tiles, expand_tiles;
 };
 Group next_group(std::span<const AttentionSequence> chunks, size_t first, int scratch_tiles,
-                 bool coded) {
+                 const ScratchRule& rule) {
   Group group{first, first, 0, 0};
   for (int left = scratch_tiles; group.end < chunks.size(); ++group.end) {
     const AttentionSequence& s = chunks[group.end];
-    left -= scratch_tiles_of(s);
+    left -= rule.tiles_of(s);
     if (left < 0) break;
     group.query_tiles += query_tiles_of(s);
-    group.expand_tiles += expand_tiles_of(s, coded);
+    group.expand_tiles += rule.expand_tiles_of(s);
   }
   CHECK(group.end > first, "prefill attention: a sequence is longer than max_model_len");
   return group;
@@ -84,6 +97,7 @@ PrefillAttention::PrefillAttention(const StepLimits& limits, int num_multiproces
   CUDA_CHECK(cudaMemset(counter_.data(), 0, sizeof(int)));
   CUDA_CHECK(cudaDeviceSynchronize());
   use_wgmma_ = kernel == PrefillKernel::kBest && prefill::wgmma_available();
+  reads_pages_ = use_wgmma_ && !limits.layout.coded();
 }
 
 size_t PrefillAttention::max_plan_bytes() const {
@@ -94,7 +108,7 @@ size_t PrefillAttention::max_plan_bytes() const {
 
 // Query tiles of all groups, then blocks to expand of all groups.
 size_t PrefillAttention::plan(std::span<const AttentionSequence> chunks, std::byte* plan) const {
-  const bool coded = limits_.layout.coded();
+  const ScratchRule rule{limits_.layout.coded(), reads_pages_};
   int all_query_tiles = 0;
   for (const AttentionSequence& s : chunks) {
     CHECK(s.num_rows <= 1 || !is_late(s), "prefill attention: a chunk starts at a block border");
@@ -104,20 +118,22 @@ size_t PrefillAttention::plan(std::span<const AttentionSequence> chunks, std::by
   auto* const first_expand = reinterpret_cast<ExpandTile*>(query_tiles + all_query_tiles);
   auto* expand_tiles = first_expand;
   for (size_t first = 0; first < chunks.size();) {
-    const Group group = next_group(chunks, first, scratch_tiles_, coded);
+    const Group group = next_group(chunks, first, scratch_tiles_, rule);
     QueryTile* const group_tiles = query_tiles;
     int scratch_tile = 0;
     for (size_t i = group.first; i < group.end; ++i) {
       const AttentionSequence& s = chunks[i];
       for (int row = 0; row < s.num_rows; row += kTile) {
-        *query_tiles++ = {s.first_row + row, std::min(kTile, s.num_rows - row),
-                          s.first_position + row, s.first_position / kTile, scratch_tile};
+        *query_tiles++ = {s.first_row + row,      std::min(kTile, s.num_rows - row),
+                          s.first_position + row, s.first_position / kTile,
+                          scratch_tile,           s.first_block};
       }
-      for (int block = 0; block < scratch_tiles_of(s); ++block) {
-        if (!expands(s, block, coded)) continue;
-        *expand_tiles++ = {static_cast<int32_t>(i), block, scratch_tile + block};
+      for (int block = 0; block < rule.tiles_of(s); ++block) {
+        if (rule.expands(s, block)) {
+          *expand_tiles++ = rule.expand_tile(s, block, scratch_tile + block);
+        }
       }
-      scratch_tile += scratch_tiles_of(s);
+      scratch_tile += rule.tiles_of(s);
     }
     // The longest first: the last blocks of a launch to start should be the shortest.
     std::sort(group_tiles, query_tiles, [](const QueryTile& a, const QueryTile& b) {
@@ -147,6 +163,7 @@ void PrefillAttention::run(cudaStream_t stream, const AttentionParams& params,
   CHECK(params.out.dtype() == DType::kBF16 && params.out.size() == params.q.size(),
         "prefill attention: out is bf16 [rows, q_heads * 128]");
   const bool coded = params.layer.layout.coded();
+  const ScratchRule rule{coded, reads_pages_};
   const size_t half_scratch = scratch_.bytes() / 2;
   prefill::Arguments a{};
   a.q = params.q.raw();
@@ -163,8 +180,9 @@ void PrefillAttention::run(cudaStream_t stream, const AttentionParams& params,
   a.rotate = coded;
   a.chunk_exact = !coded || params.rule == ReadingRule::kChunkStart;
   a.layout = params.layer.layout;
+  a.reads_pages = reads_pages_;
   a.pages = params.layer.data;
-  a.sequences = params.sequences.data();
+  a.num_pages = params.layer.num_pages;
   a.block_pages = params.block_pages;
 
   const int all_query_tiles =
@@ -175,7 +193,7 @@ void PrefillAttention::run(cudaStream_t stream, const AttentionParams& params,
   a.query_tiles = reinterpret_cast<const QueryTile*>(plan);
   a.expand_tiles = reinterpret_cast<const ExpandTile*>(a.query_tiles + all_query_tiles);
   for (size_t first = 0; first < chunks.size();) {
-    const Group group = next_group(chunks, first, scratch_tiles_, coded);
+    const Group group = next_group(chunks, first, scratch_tiles_, rule);
     for (size_t i = group.first; i < group.end; ++i) {
       CHECK(chunks[i].first_row + chunks[i].num_rows <= rows,
             "prefill attention: a sequence's rows are rows of this step");

@@ -1,8 +1,9 @@
 // Inside PrefillAttention: what the host plans, and the three launches that share it. A step's
 // chunks are cut into query tiles of one block (128 positions); the context of a query tile is
 // walked in key tiles of one block. Key tiles come from two places, by the reading rule
-// (kv_layout.h): from scratch, where expand() has put every block that some query of the chunk
-// reads from pages, as plain fp16 rows; or from this step's own rows, exact.
+// (kv_layout.h): from scratch, where launch_expand() has put every block that some query of the
+// chunk reads from pages, as plain fp16 rows; or from this step's own rows, exact. (The wgmma
+// kernel takes exact blocks of fp16 pages from the pages: `reads_pages`.)
 //
 // Invariant: scratch and k_rows/v_rows have the same layout, [row][kv_head][128] fp16, so a key
 // tile is a pointer to its first row and nothing else.
@@ -21,20 +22,23 @@ constexpr int kHeadDim = kCodedHeadDim;
 
 // Up to 128 queries of one chunk, all in one block. `position` of the first is a multiple of 128,
 // except for a chunk of one row ("late" below): its block's earlier rows are in exact pages, so
-// expand() builds the whole block, own row included, in scratch.
+// the whole block, own row included, is put into scratch.
 struct QueryTile {
   int32_t first_row;     // of the step
   int32_t rows;          // 1..128
   int32_t position;      // of first_row
   int32_t chunk_block;   // block in which the chunk begins
   int32_t scratch_tile;  // of the sequence's block 0
+  int32_t first_block;   // in block_pages, of the sequence's block 0
 };
 
 // A block to be put into scratch.
 struct ExpandTile {
-  int32_t sequence;  // of params.sequences
-  int32_t block;
+  int32_t table_entry;  // in block_pages
   int32_t scratch_tile;
+  int32_t exact_rows;  // rows in exact pages, -1: a coded block
+  int32_t own_row;     // row of the step that follows them, -1: none
+  int32_t in_chunk;    // 1: a block of the chunk itself, not needed when `chunk_exact`
 };
 
 // Everything the kernels see, by value. Device pointers; f16 but for `out` (bf16).
@@ -48,9 +52,10 @@ struct Arguments {
   float scale;
   bool rotate;       // the layout is coded: undo the Hadamard transform
   bool chunk_exact;  // the chunk's own blocks are read from k_rows/v_rows: kChunkStart, or fp16
+  bool reads_pages;  // fp16 layout: blocks before the chunk are read from pages, not from scratch
   KvLayout layout;
-  const std::byte* pages;
-  const AttentionSequence* sequences;
+  std::byte* pages;
+  int64_t num_pages;
   const BlockPages* block_pages;
   const QueryTile* query_tiles;    // longest context first
   const ExpandTile* expand_tiles;  // of the same sequences
@@ -62,7 +67,8 @@ void launch_expand(cudaStream_t stream, const Arguments& arguments);
 // Attention of the query tiles. The portable kernel runs from compute capability 8.0 on
 // (attention_prefill_mma.cu); the other one needs code for sm_90a (attention_prefill_wgmma.cu).
 void launch_mma(cudaStream_t stream, const Arguments& arguments);
-// `counter`: an int of device memory that is 0 before and after.
+// `counter`: an int of device memory that is 0 before and after. It starts under the end of
+// launch_expand() where there is anything to expand.
 void launch_wgmma(cudaStream_t stream, const Arguments& arguments, int* counter,
                   int num_multiprocessors);
 // Whether this build has wgmma code for the current device. Synchronises: start-up only.

@@ -29,17 +29,30 @@ __device__ float half_at(const std::byte* field, int index) {
   return __half2float(reinterpret_cast<const __half*>(field)[index]);
 }
 
+// A code below 2^23 as a float, without the conversion unit (16 a clock and multiprocessor).
+__device__ float code_to_float(unsigned code) {
+  return __uint_as_float(0x4b000000u | code) - 8388608.0f;  // 2^23
+}
+
+// Saturating: a decoded value may lie a rounding error above the largest fp16 number.
+__device__ uint32_t saturated_half2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // The two codes c = 0, 1 of entries (m, k), (m, k + 1).
 template <bool kIsK>
 __device__ void put(Staging& s, int m, int k, unsigned code0, unsigned code1) {
   const float scale = s.row_scale[m];
-  const float x = fmaf(static_cast<float>(code0), s.depth_step[k], s.depth_zero[k]) * scale;
-  const float y = fmaf(static_cast<float>(code1), s.depth_step[k + 1], s.depth_zero[k + 1]) * scale;
+  const float x = fmaf(code_to_float(code0), s.depth_step[k], s.depth_zero[k]) * scale;
+  const float y = fmaf(code_to_float(code1), s.depth_step[k + 1], s.depth_zero[k + 1]) * scale;
   if constexpr (kIsK) {  // m is the token, k the channel
-    *reinterpret_cast<__half2*>(&s.values[m][k]) = __floats2half2_rn(x, y);
+    *reinterpret_cast<uint32_t*>(&s.values[m][k]) = saturated_half2(x, y);
   } else {
-    s.values[k][m] = __float2half_rn(x);
-    s.values[k + 1][m] = __float2half_rn(y);
+    const uint32_t pair = saturated_half2(x, y);
+    s.values[k][m] = __ushort_as_half(static_cast<uint16_t>(pair));
+    s.values[k + 1][m] = __ushort_as_half(static_cast<uint16_t>(pair >> 16));
   }
 }
 
@@ -87,16 +100,14 @@ __device__ void decode(const std::byte* codes, const std::byte* step, const std:
 
 __global__ __launch_bounds__(kThreads) void expand_kernel(const __grid_constant__ Arguments a) {
   __shared__ Staging staging;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // the attention kernel may start and wait
+#endif
   const ExpandTile tile = a.expand_tiles[blockIdx.x];
-  const AttentionSequence sequence = a.sequences[tile.sequence];
+  if (a.chunk_exact && tile.in_chunk != 0) return;
   const int head = blockIdx.y;
   const bool is_k = blockIdx.z == 0;
-  const int start = tile.block * kTile;
-  const int first = sequence.first_position;
-  // A late row's own block is the only one that is not over before the step's last query tile.
-  const bool own = tile.block == first / kTile && first % kTile != 0;
-  if (a.chunk_exact && start >= first) return;
-  const BlockPages& pages = a.block_pages[sequence.first_block + tile.block];
+  const BlockPages& pages = a.block_pages[tile.table_entry];
   const auto page = [&](int n) {
     return a.pages +
            (int64_t{pages[n]} * a.kv_heads + head) * static_cast<int64_t>(a.layout.page_bytes);
@@ -105,7 +116,7 @@ __global__ __launch_bounds__(kThreads) void expand_kernel(const __grid_constant_
   __half* to = static_cast<__half*>(is_k ? a.k_scratch : a.v_scratch) +
                int64_t{tile.scratch_tile} * kTile * row_size + head * kHeadDim;
 
-  if (a.layout.format != KvFormat::kFp16 && !own && tile.block >= kSinkBlocks) {
+  if (tile.exact_rows < 0) {
     const TileLayout layout =
         a.layout.format == KvFormat::kKvarnK4V4 ? make_tile_layout(4, 4) : make_tile_layout(4, 2);
     const std::byte* record = page(0);
@@ -127,16 +138,16 @@ __global__ __launch_bounds__(kThreads) void expand_kernel(const __grid_constant_
   }
 
   const __half* own_row = static_cast<const __half*>(is_k ? a.k_rows : a.v_rows) +
-                          sequence.first_row * row_size + head * kHeadDim;
+                          tile.own_row * row_size + head * kHeadDim;
   for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces, position = start + row;
+    const int row = i / kPieces, piece = i % kPieces;
     uint4 value{};  // rows after the last one: finite, for they are multiplied by weights of 0
-    if (position < first) {
+    if (row < tile.exact_rows) {
       const int in_page = row % a.layout.exact_rows;
       const int at = (is_k ? in_page : a.layout.exact_rows + in_page) * 2 * kHeadDim;
       value = *reinterpret_cast<const uint4*>(page(row / a.layout.exact_rows) + at +
                                               device_exact_piece(in_page, piece));
-    } else if (position == first) {
+    } else if (row == tile.exact_rows && tile.own_row >= 0) {
       value = *reinterpret_cast<const uint4*>(own_row + piece * 8);
     }
     *reinterpret_cast<uint4*>(to + row * row_size + piece * 8) = value;

@@ -13,6 +13,7 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernels/attention_prefill_device.cuh"
@@ -36,6 +37,7 @@ static_assert(128 * kProducerRegisters + 128 * kGroups * kConsumerRegisters == k
 
 struct TensorMaps {
   CUtensorMap q, k_rows, v_rows, k_scratch, v_scratch;
+  CUtensorMap pages;  // only where reads_pages
 };
 
 struct Shared {
@@ -81,9 +83,9 @@ __device__ void wait(uint64_t& barrier, int parity) {
       : "memory");
 }
 
-// 128 rows x 64 columns from (column, row) of a map; rows past its end arrive as zeros.
-__device__ void copy_half(__half* to, const CUtensorMap& map, uint64_t& barrier, int column,
-                          int row) {
+// A box of a map from (column, row); rows past its end arrive as zeros.
+__device__ void copy_box(__half* to, const CUtensorMap& map, uint64_t& barrier, int column,
+                         int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
       "%4}], [%2];" ::"r"(shared_address(to)),
@@ -93,8 +95,24 @@ __device__ void copy_half(__half* to, const CUtensorMap& map, uint64_t& barrier,
 __device__ void copy_tile(__half (&to)[2][kHalfTile], const CUtensorMap& map, uint64_t& barrier,
                           int head, int row) {
   expect_bytes(barrier, kTileBytes);
-  copy_half(to[0], map, barrier, head * kHeadDim, row);
-  copy_half(to[1], map, barrier, head * kHeadDim + kHalfColumns, row);
+  copy_box(to[0], map, barrier, head * kHeadDim, row);
+  copy_box(to[1], map, barrier, head * kHeadDim + kHalfColumns, row);
+}
+
+// A block of fp16 pages: their pieces are permuted (device_exact_piece) as the 128-byte swizzle
+// does.
+constexpr int kPageRows = make_kv_layout(KvFormat::kFp16, kHeadDim).exact_rows;
+constexpr int kPages = kTile / kPageRows;
+static_assert(kPageRows % 8 == 0 && kTile % kPageRows == 0);
+// `rows`: of the maps of pages, where the block's pages begin.
+__device__ void copy_pages(__half (&to)[2][kHalfTile], const CUtensorMap& map, uint64_t& barrier,
+                           const int (&rows)[kPages], int first) {
+  expect_bytes(barrier, kTileBytes);
+#pragma unroll
+  for (int n = 0; n < kPages; ++n) {
+    copy_box(to[0] + n * kPageRows * kHalfColumns, map, barrier, 0, rows[n] + first);
+    copy_box(to[1] + n * kPageRows * kHalfColumns, map, barrier, kHalfColumns, rows[n] + first);
+  }
 }
 
 // Barriers of some of the warps, by number; 0 is __syncthreads().
@@ -203,6 +221,7 @@ __device__ void produce(Shared& s, const Arguments& a, const TensorMaps& maps, i
   const int items = a.num_query_tiles * a.q_heads, group = a.q_heads / a.kv_heads;
   Ring<2> q_ring;
   Ring<kStages> ring;
+  bool expanded = a.num_expand_tiles == 0;
   for (int item = blockIdx.x;;) {
     wait(s.q_empty[q_ring.slot], q_ring.phase ^ 1);
     if (item >= items) {
@@ -220,12 +239,31 @@ __device__ void produce(Shared& s, const Arguments& a, const TensorMaps& maps, i
       const int block = step == 0 ? own : step - 1;
       const bool direct = from_rows(tile, block, a.chunk_exact);
       const int row = row_of_block(tile, block, direct);
+      const bool paged = !direct && a.reads_pages && first_in_block(tile) == 0;
+      int rows[kPages] = {};
+      if (paged) {  // loaded before the wait, which hides their latency
+#pragma unroll
+        for (int n = 0; n < kPages; ++n) {
+          rows[n] =
+              (a.block_pages[tile.first_block + block][n] * a.kv_heads + kv_head) * 2 * kPageRows;
+        }
+      }
       wait(s.k_empty[ring.slot], ring.phase ^ 1);
-      copy_tile(s.k[ring.slot], direct ? maps.k_rows : maps.k_scratch, s.k_full[ring.slot], kv_head,
-                row);
-      wait(s.v_empty[ring.slot], ring.phase ^ 1);
-      copy_tile(s.v[ring.slot], direct ? maps.v_rows : maps.v_scratch, s.v_full[ring.slot], kv_head,
-                row);
+      if (paged) {
+        copy_pages(s.k[ring.slot], maps.pages, s.k_full[ring.slot], rows, 0);
+        wait(s.v_empty[ring.slot], ring.phase ^ 1);
+        copy_pages(s.v[ring.slot], maps.pages, s.v_full[ring.slot], rows, kPageRows);
+      } else {
+        if (!direct && !expanded) {  // scratch is written by the launch before this one
+          asm volatile("griddepcontrol.wait;" ::: "memory");
+          expanded = true;
+        }
+        copy_tile(s.k[ring.slot], direct ? maps.k_rows : maps.k_scratch, s.k_full[ring.slot],
+                  kv_head, row);
+        wait(s.v_empty[ring.slot], ring.phase ^ 1);
+        copy_tile(s.v[ring.slot], direct ? maps.v_rows : maps.v_scratch, s.v_full[ring.slot],
+                  kv_head, row);
+      }
       ring.advance();
     }
     // Every block takes one item more than it computes. The last of all to do so resets the counter
@@ -384,6 +422,9 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ std::byte memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&maps.q, &maps.k_rows, &maps.v_rows}) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+    }
     for (int i = 0; i < 2; ++i) {
       init_barrier(s.q_full[i], 1);
       init_barrier(s.q_empty[i], kConsumerWarps);
@@ -433,16 +474,18 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// f16 [rows, heads * 128], copied in boxes of 128 rows x 64 columns.
-CUtensorMap make_map(const void* data, int64_t rows, int heads) {
+// f16 [rows, heads * 128], copied in boxes of `box_rows` rows x 64 columns.
+CUtensorMap make_map(const void* data, int64_t rows, int heads, int box_rows,
+                     CUtensorMapSwizzle swizzle) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(heads) * kHeadDim,
                               static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[] = {sizes[0] * 2};
-  const cuuint32_t box[] = {kHalfColumns, kTile}, steps[] = {1, 1};
+  const cuuint32_t box[] = {kHalfColumns, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), sizes,
-                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK(result == CUDA_SUCCESS, "prefill attention: tensors are aligned to 16 bytes");
   return map;
@@ -469,18 +512,35 @@ bool wgmma_available() {
 void launch_wgmma(cudaStream_t stream, const Arguments& arguments, int* counter,
                   int num_multiprocessors) {
   if (arguments.num_query_tiles == 0) return;
-  const TensorMaps maps{make_map(arguments.q, arguments.rows, arguments.q_heads),
-                        make_map(arguments.k_rows, arguments.rows, arguments.kv_heads),
-                        make_map(arguments.v_rows, arguments.rows, arguments.kv_heads),
-                        make_map(arguments.k_scratch, arguments.scratch_rows, arguments.kv_heads),
-                        make_map(arguments.v_scratch, arguments.scratch_rows, arguments.kv_heads)};
+  const Arguments& a = arguments;
+  const auto rows_map = [](const void* data, int64_t rows, int heads) {
+    return make_map(data, rows, heads, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
+  };
+  TensorMaps maps{};
+  maps.q = rows_map(a.q, a.rows, a.q_heads);
+  maps.k_rows = rows_map(a.k_rows, a.rows, a.kv_heads);
+  maps.v_rows = rows_map(a.v_rows, a.rows, a.kv_heads);
+  maps.k_scratch = rows_map(a.k_scratch, a.scratch_rows, a.kv_heads);
+  maps.v_scratch = rows_map(a.v_scratch, a.scratch_rows, a.kv_heads);
+  if (a.reads_pages) {  // rows of K, then rows of V, of every (page, head)
+    maps.pages = make_map(a.pages, a.num_pages * a.kv_heads * 2 * a.layout.exact_rows, 1,
+                          a.layout.exact_rows, CU_TENSOR_MAP_SWIZZLE_NONE);
+  }
   CUDA_CHECK(cudaFuncSetAttribute(attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(kSharedBytes)));
-  const int items = arguments.num_query_tiles * arguments.q_heads;
-  const auto grid =
-      static_cast<unsigned>(items < num_multiprocessors ? items : num_multiprocessors);
-  attend_kernel<<<grid, kThreads, kSharedBytes, stream>>>(arguments, maps, counter);
-  CUDA_CHECK(cudaGetLastError());
+  const int items = a.num_query_tiles * a.q_heads;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(items, num_multiprocessors)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  // Only behind launch_expand(), which itself starts when everything before it is done.
+  config.numAttrs = a.num_expand_tiles > 0 ? 1 : 0;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, attend_kernel, a, maps, counter));
 }
 
 }  // namespace kvarn::cuda::prefill

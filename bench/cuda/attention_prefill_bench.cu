@@ -162,7 +162,6 @@ void measure(Report& report, const Shape& shape, KvFormat format, const Case& c,
       a.chunk_exact = !limits.layout.coded();
       a.layout = limits.layout;
       a.pages = p.layer.data;
-      a.sequences = on_device;
       a.block_pages = p.block_pages;
       a.expand_tiles = reinterpret_cast<const cuda::prefill::ExpandTile*>(
           device_plan.data() + (plan.size() - expand_bytes));
