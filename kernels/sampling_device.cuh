@@ -34,21 +34,24 @@ __device__ inline int32_t rank_token(uint64_t rank) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
 }
 
-// e^((logit - max) / temperature) in units of 2^-40: a row of 2^18 tokens sums to less than 2^58,
-// and what is rounded away per row is at most 2^18 * 2^-41, 1.2e-7 of the largest weight alone.
+// e^((logit - max) / temperature), in (0, 1].
 struct WeightScale {
-  float max, inverse_temperature;
+  float max, factor;  // factor: log2(e) / temperature
+  static __device__ WeightScale of(float max, float inverse_temperature) {
+    constexpr float kLog2E = 1.4426950408889634f;
+    return {max, inverse_temperature * kLog2E};
+  }
+  __device__ float weight(float logit) const {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"((logit - max) * factor));
+    return power;
+  }
 };
-// Weights round to zero from (max - logit) / temperature = 41 ln 2 = 28.42 on.
+// Weights as integers, in units of 2^-40: a row of 2^18 tokens sums to less than 2^58, and what is
+// rounded away in a row is at most 2^18 * 2^-41, 1.2e-7 of the largest weight alone.
+__device__ inline uint64_t fixed_point(float weight) { return __float2ull_rn(weight * 0x1p40f); }
+// They are zero from (max - logit) / temperature = 41 ln 2 = 28.42 on.
 constexpr float kLastWeight = 29.f;
-
-__device__ inline uint64_t fixed_weight(float logit, WeightScale scale) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  const float x = (logit - scale.max) * scale.inverse_temperature;
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
-  return __float2ull_rn(power * 0x1p40f);
-}
 
 __device__ inline uint32_t lanes_below() {
   uint32_t mask;
@@ -64,31 +67,51 @@ __device__ inline uint64_t warp_sum(uint64_t v) {
   for (int delta = 16; delta > 0; delta /= 2) v += __shfl_xor_sync(kFullWarp, v, delta);
   return v;
 }
-__device__ inline uint64_t warp_inclusive_sum(uint64_t v) {
+// Of values below 2^42.
+__device__ inline uint64_t warp_sum_of_small(uint64_t v) {
+  constexpr uint32_t kLow = (1u << 21) - 1;  // 32 of these add up to less than 2^26
+  const uint32_t low = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(v) & kLow);
+  return low + (uint64_t{__reduce_add_sync(kFullWarp, static_cast<uint32_t>(v >> 21))} << 21);
+}
+template <typename T>
+__device__ T warp_inclusive_sum(T v) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int delta = 1; delta < 32; delta *= 2) {
-    const uint64_t below = __shfl_up_sync(kFullWarp, v, delta);
+    const T below = __shfl_up_sync(kFullWarp, v, delta);
     if (lane >= delta) v += below;
   }
   return v;
 }
 
-// Inclusive sums over the threads of a block of kWarps warps. `partials` is shared memory for
-// kWarps values.
+// A whole thread block, or its first warp alone: who works on a list of candidates.
 template <int kWarps>
-__device__ uint64_t block_inclusive_sum(uint64_t v, uint64_t* partials) {
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  v = warp_inclusive_sum(v);
-  __syncthreads();  // an earlier use of partials is over
-  if (lane == 31) partials[warp] = v;
-  __syncthreads();
-  for (int w = 0; w < kWarps; ++w) v += w < warp ? partials[w] : 0;
-  return v;
-}
+struct BlockTeam {
+  uint64_t* partials;  // shared memory, kWarps values
+  static constexpr int kSize = kWarps * 32;
 
-// Bitonic sort of shared memory, descending; `size` is a power of two, at most twice the threads of
-// the block. Ends with a barrier.
-__device__ inline void block_sort_descending(uint64_t* values, int size) {
+  __device__ void sync() const { __syncthreads(); }
+  __device__ int count(bool predicate) const { return __syncthreads_count(predicate); }
+  __device__ uint64_t inclusive_sum(uint64_t v) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    v = warp_inclusive_sum(v);
+    __syncthreads();  // an earlier use of partials is over
+    if (lane == 31) partials[warp] = v;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) v += w < warp ? partials[w] : 0;
+    return v;
+  }
+};
+struct WarpTeam {
+  static constexpr int kSize = 32;
+  __device__ void sync() const { __syncwarp(); }
+  __device__ int count(bool predicate) const { return __popc(__ballot_sync(kFullWarp, predicate)); }
+  __device__ uint64_t inclusive_sum(uint64_t v) const { return warp_inclusive_sum(v); }
+};
+
+// Bitonic sort of shared memory, descending; `size` is a power of two, at most twice the team.
+// Ends with a barrier of the team.
+template <typename Team>
+__device__ void sort_descending(const Team& team, uint64_t* values, int size) {
   const int pair = static_cast<int>(threadIdx.x);
   for (int run = 2; run <= size; run *= 2) {
     for (int stride = run / 2; stride > 0; stride /= 2) {
@@ -104,13 +127,13 @@ __device__ inline void block_sort_descending(uint64_t* values, int size) {
       // exceeds 32.
       const int next = stride > 1 ? stride / 2 : run;
       if (stride > 32 || next > 32) {
-        __syncthreads();
+        team.sync();
       } else {
         __syncwarp();
       }
     }
   }
-  __syncthreads();
+  team.sync();
 }
 
 }  // namespace kvarn::cuda
