@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/backend.h"
+#include "tests/support/forwarding_backend.h"
 
 namespace kvarn::test {
 
@@ -19,16 +19,16 @@ struct DeviceLikeOptions {
   int threads = 2;
 };
 
-class DeviceLikeBackend final : public Backend {
+class DeviceLikeBackend final : public ForwardingBackend {
  public:
   explicit DeviceLikeBackend(const DeviceLikeOptions& options = {})
-      : total_(options.total_bytes), cpu_(make_cpu_backend({.threads = options.threads})) {
+      : ForwardingBackend(make_cpu_backend({.threads = options.threads})),
+        total_(options.total_bytes) {
     used() = 0;
   }
 
-  std::string name() const override { return "like a device, " + cpu_->name(); }
+  std::string name() const override { return "like a device, " + ForwardingBackend::name(); }
   int threads() const override { return 1; }
-  DType activation_dtype() const override { return cpu_->activation_dtype(); }
   std::optional<DeviceMemory> device_memory() const override {
     return DeviceMemory{total_ - used(), total_};
   }
@@ -48,15 +48,8 @@ class DeviceLikeBackend final : public Backend {
     CHECK(offset + bytes <= into.bytes(), "upload: the buffer is large enough");
     return std::memcpy(into.data() + offset, host, bytes);
   }
-  void download(const void* from, size_t bytes, void* host) override {
-    cpu_->download(from, bytes, host);
-  }
-  void fill_normal(Tensor out, float stddev, uint64_t seed) override {
-    cpu_->fill_normal(out, stddev, seed);
-  }
-
   void reserve(const StepLimits& limits) override {
-    cpu_->reserve(limits);
+    to().reserve(limits);
     const auto rows = static_cast<size_t>(limits.max_rows);
     token_ids_.reserve(rows);
     positions_.reserve(rows);
@@ -67,7 +60,7 @@ class DeviceLikeBackend final : public Backend {
     logit_rows_.reserve(static_cast<size_t>(limits.max_logit_rows));
   }
   StepInput begin_step(const StepInput& host, std::span<const SamplingRow> sampling) override {
-    cpu_->begin_step(host, sampling);
+    to().begin_step(host, sampling);
     num_sampled_ = sampling.size();
     ++counts->steps;
     StepInput input = host;
@@ -84,38 +77,13 @@ class DeviceLikeBackend final : public Backend {
     input.encode_in_layer = tiles.subspan(host.encode_before.size());
     return input;
   }
-  StepTimes end_step(std::span<SampledToken> tokens) override { return cpu_->end_step(tokens); }
   std::unique_ptr<Recording> record(const std::function<void()>& ops) override {
     ++counts->recordings;
     return std::make_unique<Calls>(ops, counts);
   }
 
-  void embed(const int32_t* token_ids, Tensor table, Tensor out) override {
-    cpu_->embed(token_ids, table, out);
-  }
-  void rms_norm(Tensor x, Tensor weight, float eps, Tensor y) override {
-    cpu_->rms_norm(x, weight, eps, y);
-  }
-  void add_rms_norm(Tensor residual, Tensor delta, Tensor weight, float eps, Tensor y) override {
-    cpu_->add_rms_norm(residual, delta, weight, eps, y);
-  }
-  void add(Tensor residual, Tensor delta) override { cpu_->add(residual, delta); }
-  void linear(Tensor x, const LinearWeight& weight, Tensor y) override {
-    cpu_->linear(x, weight, y);
-  }
-  void qk_norm_rope_rotate(const QkvParams& params) override { cpu_->qk_norm_rope_rotate(params); }
-  void kv_write(const KvWriteParams& params) override { cpu_->kv_write(params); }
-  void kv_encode(const KvEncodeParams& params) override { cpu_->kv_encode(params); }
-  void attention_decode(const AttentionParams& params) override { cpu_->attention_decode(params); }
-  void attention_prefill(const AttentionParams& params) override {
-    cpu_->attention_prefill(params);
-  }
-  void silu_mul(Tensor gate_up, Tensor y) override { cpu_->silu_mul(gate_up, y); }
-  void gather_rows(Tensor x, std::span<const int32_t> rows, Tensor y) override {
-    cpu_->gather_rows(x, rows, y);
-  }
   void sample(Tensor logits) override {
-    cpu_->sample(logits.rows(0, static_cast<int64_t>(num_sampled_)));
+    to().sample(logits.rows(0, static_cast<int64_t>(num_sampled_)));
   }
 
   // Outlives the backend, for tests that give it away.
@@ -151,7 +119,6 @@ class DeviceLikeBackend final : public Backend {
   }
 
   size_t total_;
-  std::unique_ptr<Backend> cpu_;
   size_t num_sampled_ = 0;
   std::vector<int32_t> token_ids_, positions_, logit_rows_;
   std::vector<int64_t> slots_;
