@@ -55,6 +55,13 @@ struct RopeTable {
   Tensor cos, sin;  // f32 [max_positions, head_dim / 2], attention factor included
 };
 
+// The residual stream before a matrix: x f32 [rows, k], RMS-normed with `weight` [k] on its way in.
+struct NormedInput {
+  Tensor x, weight;
+  float eps;
+  Tensor scratch;  // [rows, k], activation dtype: room for the normed rows
+};
+
 struct QkvParams {
   Tensor qkv;  // [rows, (q_heads + 2*kv_heads) * head_dim], activation dtype: q heads, k heads, v
                // heads
@@ -178,6 +185,16 @@ class Backend {
   virtual void add(Tensor residual, Tensor delta) = 0;  // residual += delta
   virtual void linear(Tensor x, const LinearWeight& weight,
                       Tensor y) = 0;  // [rows,k] -> [rows,n]; y may be f32 logits
+  // The matrices of a decoder layer with what stands before and behind them. A backend without a
+  // kernel for one takes the ops above and below, one after another. What is left in `scratch`
+  // (activation dtype) means nothing.
+  // y = rms_norm(x) W^T
+  virtual void norm_linear(const NormedInput& input, const LinearWeight& weight, Tensor y);
+  // y = silu(gate) * up, [gate, up] = rms_norm(x) W^T; scratch [rows, 2*ffn]
+  virtual void norm_gate_up(const NormedInput& input, const LinearWeight& gate_up, Tensor scratch,
+                            Tensor y);
+  // residual += x W^T; scratch [rows, n]
+  virtual void linear_add(Tensor x, const LinearWeight& weight, Tensor scratch, Tensor residual);
   virtual void qk_norm_rope_rotate(const QkvParams& params) = 0;
   virtual void kv_write(const KvWriteParams& params) = 0;
   virtual void kv_encode(const KvEncodeParams& params) = 0;

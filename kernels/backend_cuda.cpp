@@ -7,6 +7,7 @@
 #include <exception>
 #include <limits>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -235,7 +236,27 @@ class CudaBackend final : public Backend {
   }
   void add(Tensor residual, Tensor delta) override { cuda::add(stream_, residual, delta); }
   void linear(Tensor x, const LinearWeight& weight, Tensor y) override {
-    linear_.run(x, weight, y);
+    run_linear([&] { linear_.run(x, weight, y); });
+  }
+  void norm_linear(const NormedInput& input, const LinearWeight& weight, Tensor y) override {
+    if (!can_fuse(input)) return Backend::norm_linear(input, weight, y);
+    run_linear([&] {
+      linear_.run_fused({input.x, input.weight, input.eps}, weight, cuda::LinearResult::kStore, y);
+    });
+  }
+  void norm_gate_up(const NormedInput& input, const LinearWeight& gate_up, Tensor scratch,
+                    Tensor y) override {
+    if (!can_fuse(input)) return Backend::norm_gate_up(input, gate_up, scratch, y);
+    run_linear([&] {
+      linear_.run_fused({input.x, input.weight, input.eps}, gate_up, cuda::LinearResult::kSiluMul,
+                        y);
+    });
+  }
+  void linear_add(Tensor x, const LinearWeight& weight, Tensor /*scratch*/,
+                  Tensor residual) override {
+    run_linear([&] {
+      linear_.run_fused({x, {}, 0.f}, weight, cuda::LinearResult::kAdd, residual);
+    });
   }
   void qk_norm_rope_rotate(const QkvParams& params) override {
     cuda::qk_norm_rope_rotate(stream_, params);
@@ -267,6 +288,23 @@ class CudaBackend final : public Backend {
  private:
   // The current device is a property of each thread; start-up and steps run on different ones.
   void use_device() const { CUDA_CHECK(cudaSetDevice(device_)); }
+
+  static bool can_fuse(const NormedInput& input) {
+    return input.x.dim(0) <= cuda::kFewRows && input.weight.dtype() == DType::kBF16;
+  }
+  // The library's own errors do not tell a lost device from a refused shape; the stream does.
+  template <typename Run>
+  void run_linear(const Run& run) {
+    try {
+      run();
+    } catch (const DeviceLost&) {
+      throw;
+    } catch (const std::runtime_error&) {
+      const cudaError_t state = is_recording_ ? cudaSuccess : cudaStreamQuery(stream_);
+      if (state != cudaErrorNotReady) CUDA_CHECK(state);
+      throw;
+    }
+  }
 
   const int device_;
   const int multiprocessors_;

@@ -48,8 +48,8 @@ Result<Attention> Attention::load(WeightStore& weights, const std::string& prefi
   return attention;
 }
 
-void Attention::forward(const StepContext& step, const RopeTable& rope, const KvLayerView& pages,
-                        Tensor x, Tensor heads) const {
+void Attention::forward(const StepContext& step, const RmsNorm& norm, const RopeTable& rope,
+                        const KvLayerView& pages, Tensor x, Tensor heads) const {
   const ArenaScope scope(step.arena);
   const int64_t rows = step.num_rows();
   // q stays fp32 on the CPU; a 16-bit backend keeps it in fp16 like K and V.
@@ -59,7 +59,7 @@ void Attention::forward(const StepContext& step, const RopeTable& rope, const Kv
   const Tensor k = step.arena.tensor(DType::kF16, {rows, kv_heads_, head_dim_});
   const Tensor v = step.arena.tensor(DType::kF16, {rows, kv_heads_, head_dim_});
 
-  qkv_.forward(step.backend, x, qkv);
+  step.backend.norm_linear(norm.normed(step, x), qkv_.weight(), qkv);
   step.backend.qk_norm_rope_rotate({.qkv = qkv,
                                     .positions = step.input.positions.data(),
                                     .rope = rope,
@@ -92,6 +92,11 @@ void Attention::forward(const StepContext& step, const RopeTable& rope, const Kv
   step.backend.attention_prefill(params);
 }
 
+void Attention::project(const StepContext& step, Tensor heads, Tensor x) const {
+  const ArenaScope scope(step.arena);
+  step.backend.linear_add(heads, o_.weight(), step.activations(x.dim(0), x.dim(1)), x);
+}
+
 // Complete tiles of prefill chunks are coded before anything attends, because later rows of the
 // same chunk read them coded.
 void Attention::store(const StepContext& step, const KvLayerView& pages, Tensor k, Tensor v) const {
@@ -111,13 +116,13 @@ Result<Mlp> Mlp::load(WeightStore& weights, const std::string& prefix, const Mod
   return mlp;
 }
 
-void Mlp::forward(const StepContext& step, Tensor x, Tensor y) const {
+void Mlp::forward(const StepContext& step, const RmsNorm& norm, Tensor x) const {
   const ArenaScope scope(step.arena);
+  const NormedInput input = norm.normed(step, x);
   const Tensor gate_up = step.activations(x.dim(0), 2 * ffn_);
   const Tensor hidden = step.activations(x.dim(0), ffn_);
-  gate_up_.forward(step.backend, x, gate_up);
-  step.backend.silu_mul(gate_up, hidden);
-  down_.forward(step.backend, hidden, y);
+  step.backend.norm_gate_up(input, gate_up_.weight(), gate_up, hidden);
+  step.backend.linear_add(hidden, down_.weight(), input.scratch, x);
 }
 
 }  // namespace kvarn

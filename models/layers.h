@@ -47,7 +47,7 @@ class Linear {
                              const std::vector<int64_t>& out_features, int64_t in_features);
   static Linear view(Tensor weight);  // of an embedding, for a tied head
 
-  void forward(Backend& backend, Tensor x, Tensor y) const { backend.linear(x, weight_, y); }
+  const LinearWeight& weight() const { return weight_; }
 
  private:
   LinearWeight weight_;
@@ -59,12 +59,9 @@ class RmsNorm {
   static Result<RmsNorm> load(WeightStore& weights, const std::string& name,
                               const ModelConfig& config);
 
-  void forward(Backend& backend, Tensor x, Tensor y) const {
-    backend.rms_norm(x, weight_, eps_, y);
-  }
-  // residual += delta; y = norm(residual)
-  void add_forward(Backend& backend, Tensor residual, Tensor delta, Tensor y) const {
-    backend.add_rms_norm(residual, delta, weight_, eps_, y);
+  // The residual stream on its way into a matrix; takes room for the normed rows from the arena.
+  NormedInput normed(const StepContext& step, Tensor x) const {
+    return {x, weight_, eps_, step.activations(x.dim(0), x.dim(1))};
   }
 
  private:
@@ -78,11 +75,11 @@ class Attention {
   static Result<Attention> load(WeightStore& weights, const std::string& prefix,
                                 const ModelConfig& config);
 
-  // QKV, QK-norm, RoPE, pages, attention: x [rows, hidden] -> heads [rows, q_heads * head_dim].
-  void forward(const StepContext& step, const RopeTable& rope, const KvLayerView& pages, Tensor x,
-               Tensor heads) const;
-  // The output projection: heads [rows, q_heads * head_dim] -> y [rows, hidden].
-  void project(Backend& backend, Tensor heads, Tensor y) const { o_.forward(backend, heads, y); }
+  // QKV, QK-norm, RoPE, pages, attention: x f32 [rows, hidden] -> heads [rows, q_heads * head_dim].
+  void forward(const StepContext& step, const RmsNorm& norm, const RopeTable& rope,
+               const KvLayerView& pages, Tensor x, Tensor heads) const;
+  // The output projection: x += heads W_o^T.
+  void project(const StepContext& step, Tensor heads, Tensor x) const;
 
  private:
   void store(const StepContext& step, const KvLayerView& pages, Tensor k, Tensor v) const;
@@ -93,12 +90,12 @@ class Attention {
   float eps_ = 0;
 };
 
-// SwiGLU: down(silu(gate(x)) * up(x)).
+// SwiGLU: x += down(silu(gate(norm(x))) * up(norm(x))).
 class Mlp {
  public:
   static Result<Mlp> load(WeightStore& weights, const std::string& prefix,
                           const ModelConfig& config);
-  void forward(const StepContext& step, Tensor x, Tensor y) const;  // [rows, hidden] both
+  void forward(const StepContext& step, const RmsNorm& norm, Tensor x) const;  // f32 [rows, hidden]
 
  private:
   Linear gate_up_, down_;

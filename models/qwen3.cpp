@@ -13,33 +13,24 @@ void Qwen3::forward(const StepInput& input, const KvCacheView& kv, Arena& arena,
   const StepContext step{backend_, input, arena};
   const int64_t rows = step.num_rows(), hidden = config_.hidden_size;
   Tensor x = arena.tensor(DType::kF32, {rows, hidden});  // the residual stream
-  Tensor normed = step.activations(rows, hidden);
-  Tensor delta = step.activations(rows, hidden);  // what the next norm adds to x
   Tensor heads = step.activations(rows, int64_t{config_.num_q_heads} * config_.head_dim);
 
   // Blocks that a decode outgrew are coded first: this step's rows may go to the pages they give
   // back.
   backend_.kv_encode({.k = {}, .v = {}, .tiles = input.encode_before, .layers = kv.layers});
   backend_.embed(input.token_ids.data(), embedding_, x);
-  layers_.front().input_norm.forward(backend_, x, normed);
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
-    if (l > 0) layer.input_norm.add_forward(backend_, x, delta, normed);
-    layer.attention.forward(step, rope_, kv.layers[l], normed, heads);
+    layer.attention.forward(step, layer.input_norm, rope_, kv.layers[l], x, heads);
     if (l + 1 == layers_.size()) {  // nothing reads the other rows any more
-      const auto kept = static_cast<int64_t>(input.logit_rows.size());
       x = gather(step, x);
       heads = gather(step, heads);
-      normed = normed.rows(0, kept);
-      delta = delta.rows(0, kept);
     }
-    layer.attention.project(backend_, heads, delta);
-    layer.post_attention_norm.add_forward(backend_, x, delta, normed);
-    layer.mlp.forward(step, normed, delta);
+    layer.attention.project(step, heads, x);
+    layer.mlp.forward(step, layer.post_attention_norm, x);
     if (progress != nullptr) progress->layer_done();
   }
-  final_norm_.add_forward(backend_, x, delta, normed);
-  head_.forward(backend_, normed, logits);
+  backend_.norm_linear(final_norm_.normed(step, x), head_.weight(), logits);
 }
 
 Tensor Qwen3::gather(const StepContext& step, Tensor x) const {
@@ -50,7 +41,7 @@ Tensor Qwen3::gather(const StepContext& step, Tensor x) const {
 }
 
 // Mirrors forward(): what lives for the whole step, and the larger of an attention and the last MLP
-// with the gathered rows that it works on.
+// with the gathered rows that it works on (the head takes less than the MLP).
 size_t Qwen3::workspace_bytes(int max_rows, int max_logit_rows) const {
   const size_t act = dtype_bytes(backend_.activation_dtype());
   const size_t q_bytes = act == 4 ? 4 : 2, kv_bytes = dtype_bytes(DType::kF16);
@@ -61,10 +52,10 @@ size_t Qwen3::workspace_bytes(int max_rows, int max_logit_rows) const {
   const int64_t q = int64_t{config_.num_q_heads} * config_.head_dim;
   const int64_t kv = int64_t{config_.num_kv_heads} * config_.head_dim;
   const size_t f32 = dtype_bytes(DType::kF32);  // the residual stream
-  const size_t step = size(rows, hidden, f32) + 2 * size(rows, hidden, act) + size(rows, q, act);
-  const size_t attention =
-      size(rows, q + 2 * kv, act) + size(rows, q, q_bytes) + 2 * size(rows, kv, kv_bytes);
-  const size_t mlp = size(rows, 2 * ffn, act) + size(rows, ffn, act);
+  const size_t step = size(rows, hidden, f32) + size(rows, q, act);
+  const size_t attention = size(rows, hidden, act) + size(rows, q + 2 * kv, act) +
+                           size(rows, q, q_bytes) + 2 * size(rows, kv, kv_bytes);
+  const size_t mlp = size(rows, hidden, act) + size(rows, 2 * ffn, act) + size(rows, ffn, act);
   const size_t gathered = size(max_logit_rows, hidden, f32) + size(max_logit_rows, q, act);
   return step + std::max(attention, gathered + mlp);
 }
