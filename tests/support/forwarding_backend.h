@@ -47,6 +47,16 @@ class ForwardingBackend : public Backend {
   void linear(Tensor x, const LinearWeight& weight, Tensor y) override {
     to_->linear(x, weight, y);
   }
+  void norm_linear(const NormedInput& input, const LinearWeight& weight, Tensor y) override {
+    to_->norm_linear(input, weight, y);
+  }
+  void norm_gate_up(const NormedInput& input, const LinearWeight& gate_up, Tensor scratch,
+                    Tensor y) override {
+    to_->norm_gate_up(input, gate_up, scratch, y);
+  }
+  void linear_add(Tensor x, const LinearWeight& weight, Tensor scratch, Tensor residual) override {
+    to_->linear_add(x, weight, scratch, residual);
+  }
   void qk_norm_rope_rotate(const QkvParams& params) override { to_->qk_norm_rope_rotate(params); }
   void kv_write(const KvWriteParams& params) override { to_->kv_write(params); }
   void kv_encode(const KvEncodeParams& params) override { to_->kv_encode(params); }
