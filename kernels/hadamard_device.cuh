@@ -30,4 +30,27 @@ __device__ __forceinline__ void hadamard_rotate_128(float (&x)[4], int lane) {
   for (float& v : x) v *= kHadamardScale128;
 }
 
+// The stages of strides 1 to 32 of 64 values, 8 a lane: value 8 * (lane % 8) + i of a vector is
+// x[i]. With the butterfly of two such vectors, 64 apart, that is the transform of 128 values in
+// natural order, which 8 lanes do with 24 shuffles a lane for 16 values (4 values a lane: 20 for
+// 4).
+__device__ __forceinline__ void hadamard_stages_8(float (&x)[8], int lane) {
+#pragma unroll
+  for (int stride = 1; stride < 8; stride *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if ((i & stride) != 0) continue;
+      const float a = x[i], b = x[i + stride];
+      x[i] = a + b;
+      x[i + stride] = a - b;
+    }
+  }
+#pragma unroll
+  for (int stride = 1; stride < 8; stride *= 2) {
+    const float sign = (lane & stride) != 0 ? -1.f : 1.f;
+#pragma unroll
+    for (float& v : x) v = fmaf(v, sign, __shfl_xor_sync(~0u, v, stride));
+  }
+}
+
 }  // namespace kvarn::cuda

@@ -1,5 +1,5 @@
 // QK norm, rotary embedding and the Hadamard rotation in one pass: each head is read once, stays in
-// one warp's registers in fp32, and is written once as fp16. Twin: rope_cpu.cpp (the same order of
+// registers of one warp in fp32, and is written once as fp16. Twin: rope_cpu.cpp (the same order of
 // operations but for the sum of squares). head_dim 128 has its own kernel; any other even head_dim
 // up to 512 goes through the plain one, without rotation (coded pages exist for 128 only).
 // Sources: RoFormer, arXiv 2104.09864 (rotary embedding); arXiv 2606.03458 (rotation).
@@ -13,7 +13,7 @@
 namespace kvarn::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kMaxHeadDim = 512;
 
 struct RopeArgs {
@@ -26,7 +26,7 @@ struct RopeArgs {
   half* q;  // [rows][q_heads][head_dim]
   half* k;  // [rows][kv_heads][head_dim]
   half* v;
-  int64_t num_heads_in_all;  // rows * (q_heads + 2 kv_heads)
+  unsigned num_heads_in_all;  // rows * (q_heads + 2 kv_heads)
   int q_heads, kv_heads, head_dim;
   float eps;
 };
@@ -38,10 +38,10 @@ struct Head {
   half* out;
   bool rope;
 };
-__device__ __forceinline__ Head head_of(const RopeArgs& args, int64_t at) {
-  const int heads = args.q_heads + 2 * args.kv_heads;
+__device__ __forceinline__ Head head_of(const RopeArgs& args, unsigned at) {
+  const auto heads = static_cast<unsigned>(args.q_heads + 2 * args.kv_heads);
   const int64_t row = at / heads;
-  const int head = static_cast<int>(at - row * heads);
+  const auto head = static_cast<int>(at % heads);
   const int kv = head - args.q_heads;
   if (kv < 0) {
     return {row, args.q_norm, args.q + (row * args.q_heads + head) * args.head_dim, true};
@@ -62,69 +62,99 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float widen(float x) { return x; }
 
-// Rounds to fp16, to the largest finite one beyond it; NaN stays NaN (as to_half does).
-__device__ __forceinline__ uint16_t half_bits(float x) {
-  uint16_t bits;
-  asm("{\n\t.reg .f32 t;\n\t"
-      "min.NaN.f32 t, %1, 0f477FE000;\n\t"  // 65504
-      "max.NaN.f32 t, t, 0fC77FE000;\n\t"
-      "cvt.rn.f16.f32 %0, t;\n\t}"
-      : "=h"(bits)
-      : "f"(x));
+// Two values rounded to fp16, to the largest finite one beyond it; NaN stays NaN (as to_half does).
+__device__ __forceinline__ uint32_t half_pair(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(low), "f"(high));
   return bits;
 }
 
-__device__ __forceinline__ void load4(const bf16* p, float (&x)[4]) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(p);
-  x[0] = __uint_as_float(bits.x << 16);
-  x[1] = __uint_as_float(bits.x & 0xffff0000u);
-  x[2] = __uint_as_float(bits.y << 16);
-  x[3] = __uint_as_float(bits.y & 0xffff0000u);
+__device__ __forceinline__ void load8(const bf16* p, float (&x)[8]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(p);
+  const uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(pairs[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
 }
-__device__ __forceinline__ void load4(const float* p, float (&x)[4]) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  x[0] = v.x;
-  x[1] = v.y;
-  x[2] = v.z;
-  x[3] = v.w;
+__device__ __forceinline__ void load8(const float* p, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 v = reinterpret_cast<const float4*>(p)[i];
+    x[4 * i] = v.x;
+    x[4 * i + 1] = v.y;
+    x[4 * i + 2] = v.z;
+    x[4 * i + 3] = v.w;
+  }
+}
+__device__ __forceinline__ void store8(half* p, const float (&x)[8]) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = half_pair(x[2 * i], x[2 * i + 1]);
+  *reinterpret_cast<uint4*>(p) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// One warp a head, values 4 * lane .. 4 * lane + 3 in each lane: 256 contiguous bytes in, 256 out.
+// Eight lanes a head. A lane holds values 8 j .. 8 j + 7 and their partners 64 further, 16 bytes
+// each: the pairs of RoPE and four of the seven stages of the rotation meet in the lane (three of
+// them as strides 1, 2, 4, the last as 64), three in shuffles.
 template <typename Weight, bool kRotate>
 __global__ void __launch_bounds__(kThreads) rope_128_kernel(RopeArgs args) {
-  constexpr int kDim = 128, kHalfDim = kDim / 2;
-  const int lane = threadIdx.x % 32;
-  const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (at >= args.num_heads_in_all) return;  // whole warps leave
-  float x[4];
-  load4(args.qkv + at * kDim + 4 * lane, x);
+  constexpr int kDim = 128, kHalfDim = kDim / 2, kLanes = 8, kOwn = 8;
+  const int lane = threadIdx.x % 32, j = lane % kLanes;
+  const unsigned wanted = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;
+  // Lanes beyond the last head repeat it, so that all lanes meet in the shuffles.
+  const unsigned at = min(wanted, args.num_heads_in_all - 1);
+  float a[kOwn], b[kOwn];
+  const bf16* source = args.qkv + int64_t{at} * kDim + kOwn * j;
+  load8(source, a);
+  load8(source + kHalfDim, b);
   const Head head = head_of(args, at);
   if (head.rope) {
-    const int64_t table = int64_t{args.positions[head.row]} * kHalfDim + 4 * (lane % 16);
-    float c[4], s[4];
-    load4(args.cos + table, c);
-    load4(args.sin + table, s);
+    const int64_t table = int64_t{args.positions[head.row]} * kHalfDim + kOwn * j;
+    float c[kOwn], s[kOwn];
+    load8(args.cos + table, c);
+    load8(args.sin + table, s);
     if (head.norm != nullptr) {
-      float weight[4];
-      load4(static_cast<const Weight*>(head.norm) + 4 * lane, weight);
-      const float squares = warp_sum((x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]));
-      const float scale = 1.f / sqrtf(squares / kDim + args.eps);
+      const auto* weight = static_cast<const Weight*>(head.norm) + kOwn * j;
+      float wa[kOwn], wb[kOwn];
+      load8(weight, wa);
+      load8(weight + kHalfDim, wb);
+      float squares = 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = x[i] * scale * weight[i];
+      for (int i = 0; i < kOwn; ++i) squares = fmaf(a[i], a[i], fmaf(b[i], b[i], squares));
+      // Other heads of the warp may be values, which do not come here.
+      const unsigned group = 0xffu << (lane & 24);
+#pragma unroll
+      for (int stride = kLanes / 2; stride > 0; stride /= 2)
+        squares += __shfl_xor_sync(group, squares, stride);
+      const float scale = rsqrtf(squares * (1.f / kDim) + args.eps);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        a[i] = a[i] * scale * wa[i];
+        b[i] = b[i] * scale * wb[i];
+      }
     }
-    // The pair of value i is i + 64: lanes 16 apart. (a, b) -> (a c - b s, b c + a s).
-    const float sign = lane < 16 ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float other = __shfl_xor_sync(~0u, x[i], 16);
-      x[i] = x[i] * c[i] + sign * (other * s[i]);
+    for (int i = 0; i < kOwn; ++i) {
+      const float first = a[i], second = b[i];
+      a[i] = first * c[i] - second * s[i];
+      b[i] = second * c[i] + first * s[i];
     }
   }
-  if constexpr (kRotate) hadamard_rotate_128(x, lane);
-  uint2 packed;
-  packed.x = half_bits(x[0]) | uint32_t{half_bits(x[1])} << 16;
-  packed.y = half_bits(x[2]) | uint32_t{half_bits(x[3])} << 16;
-  *reinterpret_cast<uint2*>(head.out + 4 * lane) = packed;
+  if constexpr (kRotate) {
+    hadamard_stages_8(a, lane);
+    hadamard_stages_8(b, lane);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float first = a[i], second = b[i];
+      a[i] = (first + second) * kHadamardScale128;
+      b[i] = (first - second) * kHadamardScale128;
+    }
+  }
+  if (wanted >= args.num_heads_in_all) return;
+  store8(head.out + kOwn * j, a);
+  store8(head.out + kHalfDim + kOwn * j, b);
 }
 
 // Any even head_dim up to kMaxHeadDim: lane l owns the pairs l, l + 32, ...
@@ -132,9 +162,9 @@ template <typename Weight>
 __global__ void __launch_bounds__(kThreads) rope_any_kernel(RopeArgs args) {
   constexpr int kMaxPairs = kMaxHeadDim / 2 / 32;  // of a lane
   const int lane = threadIdx.x % 32, half_dim = args.head_dim / 2;
-  const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (at >= args.num_heads_in_all) return;
-  const bf16* source = args.qkv + at * args.head_dim;
+  const unsigned at = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (at >= args.num_heads_in_all) return;  // whole warps leave
+  const bf16* source = args.qkv + int64_t{at} * args.head_dim;
   const Head head = head_of(args, at);
   float a[kMaxPairs], b[kMaxPairs];
   float squares = 0.f;
@@ -168,15 +198,17 @@ __global__ void __launch_bounds__(kThreads) rope_any_kernel(RopeArgs args) {
       first = a[n] * c - b[n] * s;
       second = b[n] * c + a[n] * s;
     }
-    head.out[i].bits = half_bits(first);
-    head.out[i + half_dim].bits = half_bits(second);
+    const uint32_t bits = half_pair(first, second);
+    head.out[i].bits = static_cast<uint16_t>(bits);
+    head.out[i + half_dim].bits = static_cast<uint16_t>(bits >> 16);
   }
 }
 
 template <typename Weight>
 void launch(cudaStream_t stream, const RopeArgs& args, bool rotate) {
-  const auto blocks = static_cast<unsigned>((args.num_heads_in_all + kWarps - 1) / kWarps);
-  if (args.head_dim != 128) {
+  const unsigned per_block = args.head_dim == kCodedHeadDim ? kThreads / 8 : kWarps;
+  const unsigned blocks = (args.num_heads_in_all + per_block - 1) / per_block;
+  if (args.head_dim != kCodedHeadDim) {
     rope_any_kernel<Weight><<<blocks, kThreads, 0, stream>>>(args);
   } else if (rotate) {
     rope_128_kernel<Weight, true><<<blocks, kThreads, 0, stream>>>(args);
@@ -229,7 +261,8 @@ void qk_norm_rope_rotate(cudaStream_t stream, const QkvParams& params) {
   args.q = params.q.data<half>();
   args.k = params.k.data<half>();
   args.v = params.v.data<half>();
-  args.num_heads_in_all = rows * heads;
+  CHECK(rows * heads <= INT32_MAX, "qk_norm_rope_rotate: heads of one call");
+  args.num_heads_in_all = static_cast<unsigned>(rows * heads);
   args.q_heads = params.q_heads;
   args.kv_heads = params.kv_heads;
   args.head_dim = params.head_dim;

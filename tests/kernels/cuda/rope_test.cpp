@@ -136,6 +136,28 @@ TEST_F(CudaRopeTest, TakesAnyEvenHeadDimThatIsNotRotated) {
   }
 }
 
+TEST_F(CudaRopeTest, NaNStaysNaN) {
+  std::vector<bf16> qkv(3 * 128, to_bf16(1.f));
+  qkv[2 * 128 + 5] = to_bf16(std::nanf(""));  // in the value
+  const DeviceArray<bf16> d_qkv(qkv);
+  const DeviceArray<float> table(std::vector<float>(64, 1.f));
+  const DeviceArray<int32_t> positions(std::vector<int32_t>{0});
+  const DeviceArray<half> q(128), k(128), v(128);
+  QkvParams p{};
+  p.qkv = Tensor::of(d_qkv.data(), {1, 3 * 128});
+  p.positions = positions.data();
+  p.rope = {Tensor::of(table.data(), {1, 64}), Tensor::of(table.data(), {1, 64})};
+  p.q_heads = p.kv_heads = 1;
+  p.head_dim = 128;
+  p.q = Tensor::of(q.data(), {1, 1, 128});
+  p.k = Tensor::of(k.data(), {1, 1, 128});
+  p.v = Tensor::of(v.data(), {1, 1, 128});
+  cuda::qk_norm_rope_rotate(stream_, p);
+  wait();
+  const std::vector<half> out = v.host();
+  for (size_t i = 0; i < out.size(); ++i) EXPECT_EQ(std::isnan(to_float(out[i])), i == 5) << i;
+}
+
 TEST_F(CudaRopeTest, SaturatesAtTheLargestHalf) {
   for (const int head_dim : {64, 128}) {
     check({4, 2, 1, head_dim, head_dim == 128, Norm::kNone, 1e6f});
