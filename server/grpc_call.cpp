@@ -144,10 +144,10 @@ grpc::Status GrpcCall::finish(const Status& status) {
   const char* code = grpc_code_name(status.code());
   state_.metrics.grpc_request(rpc_, code);
   if (log_enabled(LogLevel::kInfo)) {
-    const std::chrono::duration<double, std::milli> took = Clock::now() - started_at_;
-    log_info(fmt::format("grpc rpc={} code={} request_id={}{}{} ms={:.1f}", rpc_, code, label_,
-                         trace_id_.empty() ? "" : " trace_id=" + trace_id_,
-                         status.is_ok() ? "" : " error=" + status.reason(), took.count()));
+    const std::chrono::duration<double> took = Clock::now() - started_at_;
+    log_info(fmt::format("grpc rpc={} code={} label={} seconds={:.3f}{}{}", rpc_, code, label_,
+                         took.count(), status.is_ok() ? "" : " error=" + status.reason(),
+                         trace_id_.empty() ? "" : " trace=" + trace_id_));
   }
   if (status.is_ok()) return grpc::Status::OK;
   return {static_cast<grpc::StatusCode>(status.code()), status.message()};

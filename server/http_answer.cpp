@@ -95,6 +95,7 @@ HttpAnswer error_answer(const Status& status, int retry_after) {
   }
   if (retry_is_pointless(status)) answer.headers.emplace_back("x-should-retry", "false");
   const std::string& reason = status.reason();
+  answer.error = reason;
   for (const char* closing :
        {"malformed_request", "request_timeout", "body_too_large", "uri_too_long",
         "headers_too_large", "server_draining", "too_many_connections"}) {

@@ -18,6 +18,7 @@ struct HttpAnswer {
   std::string body;
   std::vector<std::pair<std::string, std::string>> headers;  // beyond those every answer has
   bool close = false;                                        // close the connection after it
+  std::string error;                                         // error code for the log; none: empty
 };
 
 HttpAnswer json_answer(std::string body, int status = 200);

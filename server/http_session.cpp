@@ -156,7 +156,7 @@ HttpSession::Awaitable<void> HttpSession::send(const HttpRequest& request, HttpA
   if (closing_ || state_.health.state() == HealthState::kDraining) answer.close = true;
   const bool close = answer.close || !request.framing.keep_alive;
   answered_ = true;
-  finish(request, answer.status);
+  finish(request, answer.status, answer.error);
   const std::string bytes = write_answer(answer, request.framing);
   co_await write_all(bytes);
   if (close) closing_ = true;
@@ -188,7 +188,7 @@ HttpSession::Awaitable<bool> HttpSession::write_all(std::string_view bytes) {
   co_return !broken_;
 }
 
-void HttpSession::finish(const HttpRequest& request, int status) {
+void HttpSession::finish(const HttpRequest& request, int status, std::string_view error) {
   const std::string_view route = request.endpoint == nullptr ? "other" : request.endpoint->pattern;
   const std::string_view method = known_method(request.method);
   state_.metrics.http_request(route, method, status);
@@ -199,6 +199,7 @@ void HttpSession::finish(const HttpRequest& request, int status) {
       fmt::format("http method={} route={} status={} label={} seconds={:.3f}", method, route,
                   status, request.framing.request_id,
                   std::chrono::duration<double>(Clock::now() - request.received_at).count());
+  if (!error.empty()) line += fmt::format(" error={}", error);
   if (!request.trace_id.empty()) line += " trace=" + request.trace_id;
   log_line(level, line);
 }

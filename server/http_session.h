@@ -76,7 +76,7 @@ class HttpSession : public std::enable_shared_from_this<HttpSession> {
   Awaitable<void> on_text_pool(std::function<void()>& work);
   Awaitable<void> send(const HttpRequest& request, HttpAnswer& answer);
   Awaitable<bool> write_all(std::string_view bytes);  // false: broken_
-  void finish(const HttpRequest& request, int status);
+  void finish(const HttpRequest& request, int status, std::string_view error = {});
   HttpAnswer error(const HttpRequest& request, const Status& status) const;
 
   // Generating (http_generation.cpp).

@@ -288,6 +288,9 @@ void Metrics::Impl::write_kv(PrometheusPage& page, const EngineStats& stats) con
   page.gauge("kvarn:kv_effective_compression",
              "Bytes the live tokens would need dense / bytes their pages hold; 1 when idle.",
              effective_compression(stats, info).value_or(1));
+  page.gauge("kvarn:kv_pages_leaked",
+             "Pages that are neither free, cached nor in use, found when idle; 0, or a bug.",
+             number(stats.leaked_pages));
   page.counter("kvarn:tiles_compressed_total", "Tiles that were encoded.",
                number(stats.tiles_encoded));
   page.counter("kvarn:tile_compress_seconds_total", "Time spent encoding tiles.",

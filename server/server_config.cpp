@@ -1,3 +1,4 @@
+#include "kernels/core/log.h"
 #include "server/server_config.h"
 
 #include <algorithm>
@@ -90,6 +91,9 @@ Status ServerConfig::validate(const EngineConfig& engine) const {
   KVARN_RETURN_IF_ERROR(
       one_of("reasoning-field", reasoning_field, {"both", "reasoning_content", "reasoning"}));
   KVARN_RETURN_IF_ERROR(one_of("metrics-compat", metrics_compat, {"vllm", "none"}));
+  if (!parse_log_level(log_level)) {
+    return one_of("log-level", log_level, {"debug", "info", "warning", "error", "off"});
+  }
   KVARN_RETURN_IF_ERROR(integer("io-threads", io_threads, 1, 64));
   KVARN_RETURN_IF_ERROR(integer("output-threads", output_threads, 1, 64));
   KVARN_RETURN_IF_ERROR(integer("grpc-port", grpc_port, 0, 65535));

@@ -36,6 +36,7 @@ struct ServerConfig {
   std::string tool_call_parser = "auto";
   std::string reasoning_field = "both";
   std::string metrics_compat = "vllm";
+  std::string log_level = "info";
   int io_threads = 2;
   int output_threads = 2;
   int grpc_port = 8001;
@@ -82,6 +83,7 @@ struct ServerConfig {
           "member that carries reasoning: both, reasoning_content or reasoning");
     field("metrics-compat", self.metrics_compat,
           "vllm: standard series keep the names that dashboards know; none: all under kvarn:");
+    field("log-level", self.log_level, "debug, info, warning, error or off; lines go to stderr");
     field("io-threads", self.io_threads, "threads that serve HTTP connections");
     field("output-threads", self.output_threads, "threads that turn tokens into text");
     field("grpc-port", self.grpc_port, "port of the gRPC server; 0: off");
@@ -101,8 +103,8 @@ struct ServerConfig {
   Status validate(const EngineConfig& engine) const;
 };
 
-// A flag that docs/api.md names for a stage that is not built. Giving it refuses to start: an --api-key
-// that guards nothing would be worse than none.
+// A flag that docs/api.md names for a stage that is not built. Giving it refuses to start: an
+// --api-key that guards nothing would be worse than none.
 struct UnsupportedFlag {
   std::string_view name;    // without dashes
   std::string_view stage;   // "2" or "L"

@@ -37,6 +37,15 @@ spdlog::level::level_enum to_spdlog(LogLevel level) {
 
 }  // namespace
 
+std::optional<LogLevel> parse_log_level(std::string_view word) {
+  if (word == "debug") return LogLevel::kDebug;
+  if (word == "info") return LogLevel::kInfo;
+  if (word == "warning") return LogLevel::kWarning;
+  if (word == "error") return LogLevel::kError;
+  if (word == "off") return LogLevel::kOff;
+  return std::nullopt;
+}
+
 void set_log_level(LogLevel level) { logger().set_level(to_spdlog(level)); }
 bool log_enabled(LogLevel level) { return logger().should_log(to_spdlog(level)); }
 void log_line(LogLevel level, std::string_view line) { logger().log(to_spdlog(level), "{}", line); }

@@ -2,11 +2,15 @@
 // debug per token. Thread-safe. The sink (spdlog) stays inside log.cpp.
 #pragma once
 
+#include <optional>
 #include <string_view>
 
 namespace kvarn {
 
 enum class LogLevel { kDebug, kInfo, kWarning, kError, kOff };
+
+// "debug", "info", "warning", "error", "off"; none for any other word.
+std::optional<LogLevel> parse_log_level(std::string_view word);
 
 void set_log_level(LogLevel level);
 bool log_enabled(LogLevel level);

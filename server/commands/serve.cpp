@@ -39,6 +39,7 @@ int run_serve(const Invocation& invocation) {
   if (const Status status = server.validate(engine); !status.is_ok()) {
     return fail(kServe.name, with_source(status, settings), kExitUsage);
   }
+  set_log_level(*parse_log_level(server.log_level));
   // The cheap checks come before any port is opened, so that a typing error is answered as one.
   if (const Status status = check_model(engine); !status.is_ok()) {
     return fail(kServe.name, with_source(status, settings), kExitUsage);

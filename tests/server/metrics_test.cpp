@@ -58,6 +58,7 @@ TEST(Metrics, ShowEverySeriesFromTheFirstScrape) {
                              "kvarn:kv_bytes",
                              "kvarn:kv_tokens",
                              "kvarn:kv_effective_compression",
+                             "kvarn:kv_pages_leaked",
                              "kvarn:tiles_compressed_total",
                              "kvarn:tile_compress_seconds_total",
                              "kvarn:steps_total",
