@@ -29,12 +29,11 @@ int query_tiles_of(const AttentionSequence& s) { return blocks_for(s.num_rows); 
 
 // Which blocks are put into scratch.
 struct ScratchRule {
-  bool coded;        // the layout
-  bool reads_pages;  // exact blocks before a chunk need no scratch (fp16 layout)
+  bool coded;  // the layout
 
   // Blocks [0, n) of a sequence have places in scratch: those before its last query tile.
   int tiles_of(const AttentionSequence& s) const {
-    if (s.num_rows == 0 || (reads_pages && !is_late(s))) return 0;
+    if (s.num_rows == 0) return 0;
     return (s.first_position + s.num_rows - 1) / kTile + (is_late(s) ? 1 : 0);
   }
   bool expands(const AttentionSequence& s, int block) const {
@@ -97,7 +96,6 @@ PrefillAttention::PrefillAttention(const StepLimits& limits, int num_multiproces
   CUDA_CHECK(cudaMemset(counter_.data(), 0, sizeof(int)));
   CUDA_CHECK(cudaDeviceSynchronize());
   use_wgmma_ = kernel == PrefillKernel::kBest && prefill::wgmma_available();
-  reads_pages_ = use_wgmma_ && !limits.layout.coded();
 }
 
 size_t PrefillAttention::max_plan_bytes() const {
@@ -108,7 +106,7 @@ size_t PrefillAttention::max_plan_bytes() const {
 
 // Query tiles of all groups, then blocks to expand of all groups.
 size_t PrefillAttention::plan(std::span<const AttentionSequence> chunks, std::byte* plan) const {
-  const ScratchRule rule{limits_.layout.coded(), reads_pages_};
+  const ScratchRule rule{limits_.layout.coded()};
   int all_query_tiles = 0;
   for (const AttentionSequence& s : chunks) {
     CHECK(s.num_rows <= 1 || !is_late(s), "prefill attention: a chunk starts at a block border");
@@ -124,9 +122,8 @@ size_t PrefillAttention::plan(std::span<const AttentionSequence> chunks, std::by
     for (size_t i = group.first; i < group.end; ++i) {
       const AttentionSequence& s = chunks[i];
       for (int row = 0; row < s.num_rows; row += kTile) {
-        *query_tiles++ = {s.first_row + row,      std::min(kTile, s.num_rows - row),
-                          s.first_position + row, s.first_position / kTile,
-                          scratch_tile,           s.first_block};
+        *query_tiles++ = {s.first_row + row, std::min(kTile, s.num_rows - row),
+                          s.first_position + row, s.first_position / kTile, scratch_tile};
       }
       for (int block = 0; block < rule.tiles_of(s); ++block) {
         if (rule.expands(s, block)) {
@@ -163,7 +160,7 @@ void PrefillAttention::run(cudaStream_t stream, const AttentionParams& params,
   CHECK(params.out.dtype() == DType::kBF16 && params.out.size() == params.q.size(),
         "prefill attention: out is bf16 [rows, q_heads * 128]");
   const bool coded = params.layer.layout.coded();
-  const ScratchRule rule{coded, reads_pages_};
+  const ScratchRule rule{coded};
   const size_t half_scratch = scratch_.bytes() / 2;
   prefill::Arguments a{};
   a.q = params.q.raw();
@@ -180,9 +177,7 @@ void PrefillAttention::run(cudaStream_t stream, const AttentionParams& params,
   a.rotate = coded;
   a.chunk_exact = !coded || params.rule == ReadingRule::kChunkStart;
   a.layout = params.layer.layout;
-  a.reads_pages = reads_pages_;
   a.pages = params.layer.data;
-  a.num_pages = params.layer.num_pages;
   a.block_pages = params.block_pages;
 
   const int all_query_tiles =

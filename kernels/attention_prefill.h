@@ -2,8 +2,7 @@
 // chunks are cut into query tiles of one block (128 positions); the context of a query tile is
 // walked in key tiles of one block. Key tiles come from two places, by the reading rule
 // (kv_layout.h): from scratch, where launch_expand() has put every block that some query of the
-// chunk reads from pages, as plain fp16 rows; or from this step's own rows, exact. (The wgmma
-// kernel takes exact blocks of fp16 pages from the pages: `reads_pages`.)
+// chunk reads from pages, as plain fp16 rows; or from this step's own rows, exact.
 //
 // Invariant: scratch and k_rows/v_rows have the same layout, [row][kv_head][128] fp16, so a key
 // tile is a pointer to its first row and nothing else.
@@ -29,7 +28,6 @@ struct QueryTile {
   int32_t position;      // of first_row
   int32_t chunk_block;   // block in which the chunk begins
   int32_t scratch_tile;  // of the sequence's block 0
-  int32_t first_block;   // in block_pages, of the sequence's block 0
 };
 
 // A block to be put into scratch.
@@ -52,10 +50,8 @@ struct Arguments {
   float scale;
   bool rotate;       // the layout is coded: undo the Hadamard transform
   bool chunk_exact;  // the chunk's own blocks are read from k_rows/v_rows: kChunkStart, or fp16
-  bool reads_pages;  // fp16 layout: blocks before the chunk are read from pages, not from scratch
   KvLayout layout;
-  std::byte* pages;
-  int64_t num_pages;
+  const std::byte* pages;
   const BlockPages* block_pages;
   const QueryTile* query_tiles;    // longest context first
   const ExpandTile* expand_tiles;  // of the same sequences

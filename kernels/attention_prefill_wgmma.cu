@@ -9,7 +9,7 @@
 // the earlier blocks in order, so that blocks of the grid share them in L2.
 //
 // Shared memory holds tiles of 128 rows as two halves of 64 columns: rows of 128 bytes in the
-// 128-byte swizzle, which TMA writes and wgmma reads.
+// 128-byte CU_TENSOR_MAP_SWIZZLE_128B, which TMA writes and wgmma reads.
 #include <cuda.h>
 #include <cuda_fp16.h>
 
@@ -17,27 +17,26 @@
 #include <stdexcept>
 
 #include "kernels/attention_prefill_device.cuh"
+#include "kernels/attention_prefill_wgmma.cuh"
 #include "kernels/cuda_check.h"
 
 namespace kvarn::cuda::prefill {
 namespace {
 
-constexpr int kGroups = 2;                     // warp groups that multiply
-constexpr int kGroupRows = kTile / kGroups;    // queries of one
-constexpr int kThreads = 128 * (1 + kGroups);  // group 0 produces
-constexpr int kStages = 2;                     // key tiles in flight, of K and of V each
-constexpr int kHalfColumns = 64;               // 128 bytes: the widest swizzle
+constexpr int kGroups = 2;                                    // warp groups that multiply
+[[maybe_unused]] constexpr int kGroupRows = kTile / kGroups;  // queries of one
+constexpr int kThreads = 128 * (1 + kGroups);                 // group 0 produces
+constexpr int kStages = 2;        // key tiles in flight, of K and of V each
+constexpr int kHalfColumns = 64;  // 128 bytes: the widest swizzle
 constexpr int kHalfTile = kTile * kHalfColumns;
-constexpr uint32_t kTileBytes = 2 * kTile * kHeadDim;
-constexpr int kConsumerWarps = 4 * kGroups;
-// Registers a thread. A block starts with 168 each (384 * 168 = 64,512), and the groups share
-// these.
+[[maybe_unused]] constexpr uint32_t kTileBytes = 2 * kTile * kHeadDim;
+[[maybe_unused]] constexpr int kConsumerWarps = 4 * kGroups;
+// Registers a thread: a block starts with 168 each, and its groups share these 64,512.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(128 * kProducerRegisters + 128 * kGroups * kConsumerRegisters == kThreads * 168);
 
 struct TensorMaps {
   CUtensorMap q, k_rows, v_rows, k_scratch, v_scratch;
-  CUtensorMap pages;  // only where reads_pages
 };
 
 struct Shared {
@@ -53,140 +52,17 @@ constexpr size_t kSharedBytes = sizeof(Shared) + 1024;  // the swizzle needs til
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-__device__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+// Barriers of some of the warps, by number; 0 is __syncthreads().
+constexpr int kTurnBarrier = 1;    // + group: this group may issue its products
+constexpr int kValuesBarrier = 3;  // both groups
+constexpr int kOutputBarrier = 4;  // + group
 
-__device__ void init_barrier(uint64_t& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-__device__ void expect_bytes(uint64_t& barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ void arrive(uint64_t& barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier))
-               : "memory");
-}
-// Waits until the phase of this parity is over.
-__device__ void wait(uint64_t& barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(&barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// A box of a map from (column, row); rows past its end arrive as zeros.
-__device__ void copy_box(__half* to, const CUtensorMap& map, uint64_t& barrier, int column,
-                         int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row)
-      : "memory");
-}
 __device__ void copy_tile(__half (&to)[2][kHalfTile], const CUtensorMap& map, uint64_t& barrier,
                           int head, int row) {
   expect_bytes(barrier, kTileBytes);
   copy_box(to[0], map, barrier, head * kHeadDim, row);
   copy_box(to[1], map, barrier, head * kHeadDim + kHalfColumns, row);
 }
-
-// A block of fp16 pages: their pieces are permuted (device_exact_piece) as the 128-byte swizzle
-// does.
-constexpr int kPageRows = make_kv_layout(KvFormat::kFp16, kHeadDim).exact_rows;
-constexpr int kPages = kTile / kPageRows;
-static_assert(kPageRows % 8 == 0 && kTile % kPageRows == 0);
-// `rows`: of the maps of pages, where the block's pages begin.
-__device__ void copy_pages(__half (&to)[2][kHalfTile], const CUtensorMap& map, uint64_t& barrier,
-                           const int (&rows)[kPages], int first) {
-  expect_bytes(barrier, kTileBytes);
-#pragma unroll
-  for (int n = 0; n < kPages; ++n) {
-    copy_box(to[0] + n * kPageRows * kHalfColumns, map, barrier, 0, rows[n] + first);
-    copy_box(to[1] + n * kPageRows * kHalfColumns, map, barrier, kHalfColumns, rows[n] + first);
-  }
-}
-
-// Barriers of some of the warps, by number; 0 is __syncthreads().
-constexpr int kTurnBarrier = 1;    // + group: this group may issue its products
-constexpr int kValuesBarrier = 3;  // both groups
-constexpr int kOutputBarrier = 4;  // + group
-__device__ void sync_warps(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ void arrive_warps(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-// Ordinary writes to shared memory before it are seen by wgmma and TMA after it.
-__device__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Matrix descriptor: 128-byte swizzle, groups of 8 rows 1024 bytes apart. `leading` is the distance
-// of 64-column halves where columns are the long axis of the operand (V), else without meaning.
-__device__ uint64_t descriptor(const __half* tile, uint32_t leading) {
-  const uint64_t address = shared_address(tile);
-  return (address & 0x3ffff) >> 4 | uint64_t{leading >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-
-#define KVARN_D8(i)                                                                               \
-  "+f"(d[8 * i]), "+f"(d[8 * i + 1]), "+f"(d[8 * i + 2]), "+f"(d[8 * i + 3]), "+f"(d[8 * i + 4]), \
-      "+f"(d[8 * i + 5]), "+f"(d[8 * i + 6]), "+f"(d[8 * i + 7])
-#define KVARN_D64                                                                            \
-  KVARN_D8(0), KVARN_D8(1), KVARN_D8(2), KVARN_D8(3), KVARN_D8(4), KVARN_D8(5), KVARN_D8(6), \
-      KVARN_D8(7)
-#define KVARN_D_NAMES                                                                       \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
-  "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,"    \
-  "%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-
-// d (64 x 128) = or += A (64 x 16, shared) B^T (128 rows of 16, shared).
-__device__ void multiply_scores(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " KVARN_D_NAMES
-      ", %64, %65, add, 1, 1, 0, 0;\n}"
-      : KVARN_D64
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-// d (64 x 128) += A (64 x 16, registers) B (16 rows of 128, shared).
-__device__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " KVARN_D_NAMES
-               ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-               : KVARN_D64
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#undef KVARN_D8
-#undef KVARN_D64
-#undef KVARN_D_NAMES
-
-__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kLeft>
-__device__ void wait_products(float (&d)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
-#pragma unroll
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");  // not read before
-}
-
-// Slot and phase of a ring.
-template <int kSlots>
-struct Ring {
-  int slot = 0, phase = 0;
-  __device__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 struct Softmax {
   float top[2], sum[2], keep[2];  // of rows g and g + 8; `sum` of this lane's columns
@@ -225,6 +101,7 @@ __device__ void produce(Shared& s, const Arguments& a, const TensorMaps& maps, i
   for (int item = blockIdx.x;;) {
     wait(s.q_empty[q_ring.slot], q_ring.phase ^ 1);
     if (item >= items) {
+      if (!expanded) wait_for_launch_before();  // never over before it
       s.head[q_ring.slot] = -1;
       arrive(s.q_full[q_ring.slot]);
       return;
@@ -239,35 +116,20 @@ __device__ void produce(Shared& s, const Arguments& a, const TensorMaps& maps, i
       const int block = step == 0 ? own : step - 1;
       const bool direct = from_rows(tile, block, a.chunk_exact);
       const int row = row_of_block(tile, block, direct);
-      const bool paged = !direct && a.reads_pages && first_in_block(tile) == 0;
-      int rows[kPages] = {};
-      if (paged) {  // loaded before the wait, which hides their latency
-#pragma unroll
-        for (int n = 0; n < kPages; ++n) {
-          rows[n] =
-              (a.block_pages[tile.first_block + block][n] * a.kv_heads + kv_head) * 2 * kPageRows;
-        }
-      }
       wait(s.k_empty[ring.slot], ring.phase ^ 1);
-      if (paged) {
-        copy_pages(s.k[ring.slot], maps.pages, s.k_full[ring.slot], rows, 0);
-        wait(s.v_empty[ring.slot], ring.phase ^ 1);
-        copy_pages(s.v[ring.slot], maps.pages, s.v_full[ring.slot], rows, kPageRows);
-      } else {
-        if (!direct && !expanded) {  // scratch is written by the launch before this one
-          asm volatile("griddepcontrol.wait;" ::: "memory");
-          expanded = true;
-        }
-        copy_tile(s.k[ring.slot], direct ? maps.k_rows : maps.k_scratch, s.k_full[ring.slot],
-                  kv_head, row);
-        wait(s.v_empty[ring.slot], ring.phase ^ 1);
-        copy_tile(s.v[ring.slot], direct ? maps.v_rows : maps.v_scratch, s.v_full[ring.slot],
-                  kv_head, row);
+      if (!direct && !expanded) {  // scratch is written by the launch before this one
+        wait_for_launch_before();
+        expanded = true;
       }
+      copy_tile(s.k[ring.slot], direct ? maps.k_rows : maps.k_scratch, s.k_full[ring.slot], kv_head,
+                row);
+      wait(s.v_empty[ring.slot], ring.phase ^ 1);
+      copy_tile(s.v[ring.slot], direct ? maps.v_rows : maps.v_scratch, s.v_full[ring.slot], kv_head,
+                row);
       ring.advance();
     }
-    // Every block takes one item more than it computes. The last of all to do so resets the counter
-    // for the next launch.
+    // One is taken for each item that is computed. Whoever takes the last resets the counter for
+    // the next launch.
     const int taken = atomicAdd(counter, 1);
     if (taken == items - 1) *counter = 0;
     item = static_cast<int>(gridDim.x) + taken;
@@ -474,18 +336,16 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// f16 [rows, heads * 128], copied in boxes of `box_rows` rows x 64 columns.
-CUtensorMap make_map(const void* data, int64_t rows, int heads, int box_rows,
-                     CUtensorMapSwizzle swizzle) {
+// f16 [rows, heads * 128], copied in boxes of 128 rows x 64 columns.
+CUtensorMap make_map(const void* data, int64_t rows, int heads) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(heads) * kHeadDim,
                               static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[] = {sizes[0] * 2};
-  const cuuint32_t box[] = {kHalfColumns, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[] = {1, 1};
+  const cuuint32_t box[] = {kHalfColumns, kTile}, steps[] = {1, 1};
   const CUresult result =
       encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(data), sizes,
-                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                     stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK(result == CUDA_SUCCESS, "prefill attention: tensors are aligned to 16 bytes");
   return map;
@@ -513,19 +373,12 @@ void launch_wgmma(cudaStream_t stream, const Arguments& arguments, int* counter,
                   int num_multiprocessors) {
   if (arguments.num_query_tiles == 0) return;
   const Arguments& a = arguments;
-  const auto rows_map = [](const void* data, int64_t rows, int heads) {
-    return make_map(data, rows, heads, kTile, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
   TensorMaps maps{};
-  maps.q = rows_map(a.q, a.rows, a.q_heads);
-  maps.k_rows = rows_map(a.k_rows, a.rows, a.kv_heads);
-  maps.v_rows = rows_map(a.v_rows, a.rows, a.kv_heads);
-  maps.k_scratch = rows_map(a.k_scratch, a.scratch_rows, a.kv_heads);
-  maps.v_scratch = rows_map(a.v_scratch, a.scratch_rows, a.kv_heads);
-  if (a.reads_pages) {  // rows of K, then rows of V, of every (page, head)
-    maps.pages = make_map(a.pages, a.num_pages * a.kv_heads * 2 * a.layout.exact_rows, 1,
-                          a.layout.exact_rows, CU_TENSOR_MAP_SWIZZLE_NONE);
-  }
+  maps.q = make_map(a.q, a.rows, a.q_heads);
+  maps.k_rows = make_map(a.k_rows, a.rows, a.kv_heads);
+  maps.v_rows = make_map(a.v_rows, a.rows, a.kv_heads);
+  maps.k_scratch = make_map(a.k_scratch, a.scratch_rows, a.kv_heads);
+  maps.v_scratch = make_map(a.v_scratch, a.scratch_rows, a.kv_heads);
   CUDA_CHECK(cudaFuncSetAttribute(attend_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(kSharedBytes)));
   const int items = a.num_query_tiles * a.q_heads;

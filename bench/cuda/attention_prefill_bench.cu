@@ -1,9 +1,11 @@
 // Prefill attention of one layer: TFLOP/s of the causal products (4 * head_dim * q_heads a pair of
 // query and key, pairs above the diagonal not counted), the pass that decodes pages included.
-// Peer: attention_prefill_peer.py on the same card.
-//   kvarn_prefill_bench [--kernel portable] [--quick 1] [--json FILE] [--commit HASH]
+// Peer: attention_prefill_peer.py FILE on the same card, just before.
+//   kvarn_prefill_bench [--kernel portable] [--quick 1] [--peers FILE] [--json FILE] [--commit
+//   HASH]
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -43,6 +45,22 @@ struct Shape {
 struct Case {
   int start, rows;
 };
+
+// Of torch on dense fp16, in TFLOP/s; kNone where the file has none.
+struct Peer {
+  double tflops = kNone;
+  std::string backend;
+};
+Peer find_peer(const std::string& file, const Shape& shape, const Case& c) {
+  std::ifstream in(file);
+  std::string name;
+  int rows = 0;
+  Peer peer;
+  while (in >> name >> rows >> peer.tflops >> peer.backend) {
+    if (name == shape.name && rows == c.rows && c.start == 0) return peer;
+  }
+  return {};
+}
 
 class Layer {
  public:
@@ -110,8 +128,15 @@ class Layer {
   AttentionParams params_{};
 };
 
-void measure(Report& report, const Shape& shape, KvFormat format, const Case& c,
-             cuda::PrefillKernel kernel, int num_multiprocessors) {
+std::string name_of(const Shape& shape, KvFormat format, const Case& c,
+                    cuda::PrefillKernel kernel) {
+  return std::string("prefill-attention-") + shape.name + "-" + kv_format_name(format) + "-" +
+         std::to_string(c.rows) + "at" + std::to_string(c.start) +
+         (kernel == cuda::PrefillKernel::kBest ? "" : "-portable");
+}
+
+void measure(Report& report, const std::string& name, const Shape& shape, KvFormat format,
+             const Case& c, cuda::PrefillKernel kernel, int num_multiprocessors, const Peer& peer) {
   const AttentionSequence sequence{0, c.rows, c.start, 0};
   StepLimits limits{};
   limits.max_rows = c.rows;
@@ -171,15 +196,16 @@ void measure(Report& report, const Shape& shape, KvFormat format, const Case& c,
   }
   const double pairs = 0.5 * c.rows * (2.0 * c.start + c.rows + 1);
   const double tflops = 4.0 * kDim * shape.q_heads * pairs / us * 1e-6;
-  const std::string name = std::string("prefill-attention-") + shape.name + "-" +
-                           kv_format_name(format) + "-" + std::to_string(c.rows) + "at" +
-                           std::to_string(c.start) +
-                           (kernel == cuda::PrefillKernel::kBest ? "" : "-portable");
   Row row;
   row.name = name;
   row.value = tflops;
   row.unit = "TFLOP/s";
   row.lower_is_better = false;
+  if (!peer.backend.empty()) {
+    row.against = "torch SDPA " + peer.backend + ", fp16";
+    row.against_value = peer.tflops;
+    row.ratio = tflops / peer.tflops;
+  }
   report.add(row);
   std::printf("  %-60s %9.1f us, decoding %.1f us\n", name.c_str(), us, expand_us);
 }
@@ -196,12 +222,15 @@ int main(int argc, char** argv) {
   const auto kernel = option(argc, argv, "--kernel", "best") == "portable"
                           ? cuda::PrefillKernel::kPortable
                           : cuda::PrefillKernel::kBest;
-  const bool quick = option(argc, argv, "--quick", "0") == "1";
+  const std::string only = option(argc, argv, "--only", "");
+  const std::string peers = option(argc, argv, "--peers", "");
   for (const Shape& shape : {Shape{"8b", 32, 8}, Shape{"0.6b", 16, 8}}) {
     for (const Case& c : {Case{0, 2048}, Case{0, 16384}, Case{14336, 2048}}) {
       for (const KvFormat format : {KvFormat::kKvarnK4V2, KvFormat::kFp16}) {
-        if (quick && format == KvFormat::kFp16) continue;
-        measure(report, shape, format, c, kernel, num_multiprocessors);
+        const std::string name = name_of(shape, format, c, kernel);
+        if (name.find(only) == std::string::npos) continue;
+        measure(report, name, shape, format, c, kernel, num_multiprocessors,
+                find_peer(peers, shape, c));
       }
     }
   }
