@@ -55,7 +55,7 @@ class PrefillAttention {
   StepLimits limits_;
   int num_multiprocessors_;
   int scratch_tiles_;  // blocks that scratch_ holds
-  bool use_wgmma_, reads_pages_;
+  bool use_wgmma_;
   Buffer scratch_;  // K, then V: f16 [128 * scratch_tiles_, kv_heads, 128]
   Buffer counter_;  // of the wgmma kernel
 };
