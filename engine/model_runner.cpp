@@ -151,7 +151,9 @@ class LocalModelRunner final : public ModelRunner {
     };
     run(warm_up_row());
     if (!backend_->device_memory()) return;
-    run(warm_up_prefill(limits_.layout, std::min(limits_.max_rows, limits_.max_model_len)));
+    for (const int rows : warm_up_sizes(limits_.max_rows)) {
+      run(warm_up_prefill(limits_.layout, rows, limits_.max_model_len, limits_.max_sequences));
+    }
     recordings_.warm_up([&](const StepInput& input) { launch(input, pool.view()); });
   }
 

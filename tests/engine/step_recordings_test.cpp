@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/engine_core.h"
+#include "engine/warm_up.h"
 #include "kernels/core/log.h"
 #include "tests/support/device_like_backend.h"
 #include "tests/support/random_tensor.h"
@@ -24,6 +25,28 @@ TEST(RecordedBatchSizesTest, EndAtTheLargestBatchOr256) {
   EXPECT_THAT(recorded_batch_sizes(32), ElementsAre(1, 2, 4, 8, 16, 24, 32));
   EXPECT_EQ(recorded_batch_sizes(256).size(), 15u);
   EXPECT_EQ(recorded_batch_sizes(1000), recorded_batch_sizes(256));
+}
+
+TEST(WarmUpTest, SizesAreTwoToAnOctaveAndEndAtTheLargestStep) {
+  EXPECT_THAT(warm_up_sizes(136), ElementsAre(16, 24, 32, 48, 64, 96, 128, 136));
+  EXPECT_THAT(warm_up_sizes(128), ElementsAre(16, 24, 32, 48, 64, 96, 128));
+  EXPECT_THAT(warm_up_sizes(2048).back(), 2048);
+}
+
+TEST(WarmUpTest, PromptsAreNoLongerThanASequenceAndNoMoreThanTheStepHolds) {
+  const KvLayout layout = make_kv_layout(KvFormat::kKvarnK4V2, 128);
+  const StepBatch batch = warm_up_prefill(layout, 700, /*max_len=*/300, /*max_sequences=*/8);
+  EXPECT_EQ(batch.num_rows(), 700);
+  ASSERT_EQ(batch.sequences.size(), 3u);
+  EXPECT_EQ(batch.sequences[2].first_row, 600);
+  EXPECT_EQ(batch.sequences[2].num_rows, 100);
+  EXPECT_EQ(batch.sequences[2].first_block, 6);
+  EXPECT_EQ(batch.block_pages.size(), 7u);
+  EXPECT_EQ(batch.encode_in_layer.size(), 1u);
+  EXPECT_EQ(warm_up_prefill(layout, 700, 300, 2).num_rows(), 600);
+  for (const BlockPages& pages : batch.block_pages) {
+    for (const int32_t page : pages) EXPECT_LT(page, warm_up_pages(layout));
+  }
 }
 
 StepBatch decodes(int count) {

@@ -2,6 +2,8 @@
 // a process of its own, since the context does not come back.
 #include <gtest/gtest.h>
 
+#include <atomic>
+
 #include "engine/engine.h"
 #include "kernels/core/log.h"
 #include "models/model.h"
@@ -13,23 +15,23 @@
 namespace kvarn {
 namespace {
 
-// Reads where nothing is when a step holds the token `fatal`.
+constexpr size_t kLong = 40;  // rows of a step: only a prompt has as many
+
+// Reads where nothing is in the first step of a long prompt once it is `armed`.
 class FatalModel final : public Model {
  public:
-  FatalModel(std::unique_ptr<Model> model, Backend& backend, int32_t fatal)
-      : model_(std::move(model)), backend_(backend), fatal_(fatal) {}
+  FatalModel(std::unique_ptr<Model> model, Backend& backend, const std::atomic<bool>& armed)
+      : model_(std::move(model)), backend_(backend), armed_(armed) {}
   const ModelConfig& config() const override { return model_->config(); }
   size_t workspace_bytes(int rows, int logit_rows) const override {
     return model_->workspace_bytes(rows, logit_rows) + 4096;
   }
   void forward(const StepInput& input, const KvCacheView& kv, Arena& arena, Tensor logits,
                ForwardProgress* progress) override {
-    if (input.token_ids.size() >= 40) {  // the prompt of 40 tokens, in an eager step
+    if (armed_ && input.token_ids.size() >= kLong) {
       const Tensor out = arena.tensor(DType::kF32, {1, config().hidden_size});
       const Tensor table(out.raw(), DType::kBF16, {1, config().hidden_size});
-      if (++long_steps_ == fatal_) {
-        backend_.embed(reinterpret_cast<const int32_t*>(uintptr_t{1} << 60), table, out);
-      }
+      backend_.embed(reinterpret_cast<const int32_t*>(uintptr_t{1} << 60), table, out);
     }
     model_->forward(input, kv, arena, logits, progress);
   }
@@ -38,8 +40,7 @@ class FatalModel final : public Model {
  private:
   std::unique_ptr<Model> model_;
   Backend& backend_;
-  int32_t fatal_;
-  int32_t long_steps_ = 0;
+  const std::atomic<bool>& armed_;
 };
 
 class CudaDeviceLostTest : public test::CudaBackendTest {};
@@ -55,8 +56,8 @@ TEST_F(CudaDeviceLostTest, EveryClientIsAnsweredAndTheEngineHasFailed) {
   config.max_num_batched_tokens = 256;
   config.kv_memory = "64MiB";
   Backend& gpu = *gpu_;
-  // The first long step is the warm-up's.
-  auto fatal = std::make_unique<FatalModel>(std::move(model), gpu, /*fatal=*/2);
+  std::atomic<bool> armed{false};
+  auto fatal = std::make_unique<FatalModel>(std::move(model), gpu, armed);
   auto runner = make_model_runner(config, std::move(gpu_), std::move(fatal), nullptr);
   ASSERT_TRUE(runner.is_ok()) << runner.status().message();
   auto engine = Engine::create(config, std::move(runner).value(), nullptr).value();
@@ -73,7 +74,8 @@ TEST_F(CudaDeviceLostTest, EveryClientIsAnsweredAndTheEngineHasFailed) {
   };
   const auto first = submit(8, 4000);
   ASSERT_TRUE(first->wait_tokens(20));
-  const auto second = submit(40, 100);
+  armed = true;
+  const auto second = submit(kLong, 100);
   for (const auto& sink : {first, second}) {
     ASSERT_TRUE(sink->wait_over());
     ASSERT_TRUE(sink->error().has_value());
