@@ -1,4 +1,5 @@
-// silu(gate) * up, the middle of the SwiGLU MLP: eight columns per thread, fp32 inside.
+// silu(gate) * up, the middle of the SwiGLU MLP: eight columns per thread, fp32 inside. The launch
+// overlaps the kernel in front, so pointers to what that may write are not __restrict__.
 #include "kernels/cuda_check.h"
 #include "kernels/device_overlap.cuh"
 #include "kernels/device_vector.cuh"
@@ -9,11 +10,11 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads)
-    silu_mul_kernel(const bf16* __restrict__ gate_up,  // [rows, 2 * ffn]
-                    bf16* __restrict__ y,              // [rows, ffn]
-                    int64_t rows, int ffn) {
+__global__ void __launch_bounds__(kThreads) silu_mul_kernel(const bf16* gate_up,  // [rows, 2 * ffn]
+                                                            bf16* y,              // [rows, ffn]
+                                                            int64_t rows, int ffn) {
   let_next_kernel_begin();
+  wait_for_kernel_in_front();
   const int vectors = ffn / kVector;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row = i / vectors;
@@ -36,9 +37,10 @@ void silu_mul(cudaStream_t stream, Tensor gate_up, Tensor y) {
   CHECK(y.dim(1) % kVector == 0, "rows are read by eights: ffn must be a multiple of 8");
   if (y.size() == 0) return;
   const int64_t blocks = (y.size() / kVector + kThreads - 1) / kThreads;
-  silu_mul_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      gate_up.data<bf16>(), y.data<bf16>(), y.dim(0), static_cast<int>(y.dim(1)));
-  CUDA_CHECK(cudaGetLastError());
+  const LaunchConfig config(stream, static_cast<unsigned>(blocks), kThreads, /*overlap=*/true);
+  CUDA_CHECK(cudaLaunchKernelEx(&config.value, silu_mul_kernel,
+                                static_cast<const bf16*>(gate_up.data<bf16>()), y.data<bf16>(),
+                                y.dim(0), static_cast<int>(y.dim(1))));
 }
 
 }  // namespace kvarn::cuda

@@ -238,25 +238,16 @@ class CudaBackend final : public Backend {
   void linear(Tensor x, const LinearWeight& weight, Tensor y) override {
     run_linear([&] { linear_.run(x, weight, y); });
   }
-  void norm_linear(const NormedInput& input, const LinearWeight& weight, Tensor y) override {
-    if (!can_fuse(input)) return Backend::norm_linear(input, weight, y);
-    run_linear([&] {
-      linear_.run_fused({input.x, input.weight, input.eps}, weight, cuda::LinearResult::kStore, y);
-    });
-  }
+  // A norm of its own is faster than one taken along by every block of the matrix behind it.
   void norm_gate_up(const NormedInput& input, const LinearWeight& gate_up, Tensor scratch,
                     Tensor y) override {
-    if (!can_fuse(input)) return Backend::norm_gate_up(input, gate_up, scratch, y);
-    run_linear([&] {
-      linear_.run_fused({input.x, input.weight, input.eps}, gate_up, cuda::LinearResult::kSiluMul,
-                        y);
-    });
+    if (input.x.dim(0) > cuda::kFewRows) return Backend::norm_gate_up(input, gate_up, scratch, y);
+    rms_norm(input.x, input.weight, input.eps, input.scratch);
+    run_linear([&] { linear_.run_fused(input.scratch, gate_up, cuda::LinearResult::kSiluMul, y); });
   }
   void linear_add(Tensor x, const LinearWeight& weight, Tensor /*scratch*/,
                   Tensor residual) override {
-    run_linear([&] {
-      linear_.run_fused({x, {}, 0.f}, weight, cuda::LinearResult::kAdd, residual);
-    });
+    run_linear([&] { linear_.run_fused(x, weight, cuda::LinearResult::kAdd, residual); });
   }
   void qk_norm_rope_rotate(const QkvParams& params) override {
     cuda::qk_norm_rope_rotate(stream_, params);
@@ -289,9 +280,6 @@ class CudaBackend final : public Backend {
   // The current device is a property of each thread; start-up and steps run on different ones.
   void use_device() const { CUDA_CHECK(cudaSetDevice(device_)); }
 
-  static bool can_fuse(const NormedInput& input) {
-    return input.x.dim(0) <= cuda::kFewRows && input.weight.dtype() == DType::kBF16;
-  }
   // The library's own errors do not tell a lost device from a refused shape; the stream does.
   template <typename Run>
   void run_linear(const Run& run) {

@@ -30,7 +30,8 @@ LinearWeight joined(const LinearWeight& weight) {
 }
 
 void check_operands(Tensor x, const LinearWeight& weight, Tensor y, int64_t columns) {
-  CHECK(x.dims() == 2 && x.dim(1) == weight.in_features(), "x is [rows, k], k of the weight");
+  CHECK(x.dims() == 2 && x.dtype() == DType::kBF16, "x is bf16 [rows, k]");
+  CHECK(x.dim(1) == weight.in_features(), "x and the weight share k");
   CHECK(x.dim(1) > 0 && x.dim(1) % 8 == 0,
         "rows are read by 16 bytes: k must be a positive multiple of 8");
   CHECK(y.dims() == 2 && y.dim(0) == x.dim(0) && y.dim(1) == columns,
@@ -47,10 +48,10 @@ class Linear::Impl {
     CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
   }
 
-  void few(const LinearInput& input, const LinearWeight& weight, Tensor y, LinearResult result) {
-    const FewRowsPlan plan = few_rows_plan(input.x.dim(0), weight.out_features(),
-                                           weight.in_features(), result, multiprocessors_);
-    linear_few_rows(stream_, input, weight, y, result, plan, overlap_);
+  void few(Tensor x, const LinearWeight& weight, Tensor y, LinearResult result) {
+    const FewRowsPlan plan = few_rows_plan(x.dim(0), weight.out_features(), weight.in_features(),
+                                           result, multiprocessors_);
+    linear_few_rows(stream_, x, weight, y, result, plan, overlap_);
   }
 
   void many(Tensor x, const LinearWeight& weight, Tensor y, bool accumulate) {
@@ -78,24 +79,22 @@ Linear::~Linear() = default;
 void Linear::run(Tensor x, const LinearWeight& weight, Tensor y) {
   const LinearWeight w = joined(weight);
   check_operands(x, weight, y, weight.out_features());
-  CHECK(x.dtype() == DType::kBF16, "x is bf16");
   CHECK(y.dtype() == DType::kBF16 || y.dtype() == DType::kF32, "linear gives bf16 or f32");
   if (y.size() == 0) return;
-  if (x.dim(0) <= kFewRows) return impl_->few({x, {}, 0}, w, y, LinearResult::kStore);
+  if (x.dim(0) <= kFewRows) return impl_->few(x, w, y, LinearResult::kStore);
   impl_->many(x, w, y, false);
 }
 
-void Linear::run_fused(const LinearInput& input, const LinearWeight& weight, LinearResult result,
-                       Tensor y) {
+void Linear::run_fused(Tensor x, const LinearWeight& weight, LinearResult result, Tensor y) {
+  if (result == LinearResult::kStore) return run(x, weight, y);
   const LinearWeight w = joined(weight);
   const bool halves = result == LinearResult::kSiluMul;
-  check_operands(input.x, weight, y, weight.out_features() / (halves ? 2 : 1));
+  check_operands(x, weight, y, weight.out_features() / (halves ? 2 : 1));
   if (y.size() == 0) return;
-  if (input.x.dim(0) <= kFewRows) return impl_->few(input, w, y, result);
-  CHECK(result == LinearResult::kAdd && input.norm_weight.dims() == 0,
-        "for many rows only the addition to the residual is fused");
+  if (x.dim(0) <= kFewRows) return impl_->few(x, w, y, result);
+  CHECK(result == LinearResult::kAdd, "silu * mul is fused for few rows only");
   CHECK(y.dtype() == DType::kF32, "the residual is f32");
-  impl_->many(input.x, w, y, true);
+  impl_->many(x, w, y, true);
 }
 
 }  // namespace kvarn::cuda

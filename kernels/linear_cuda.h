@@ -18,19 +18,12 @@ enum class LinearResult {
   kSiluMul,  // W is gate over up, y = silu(x gate^T) * (x up^T), bf16, half as many columns
 };
 
-// x bf16 [rows, k]; or, with a norm, x f32 [rows, k] that is RMS-normed on its way in.
-struct LinearInput {
-  Tensor x;
-  Tensor norm_weight;  // bf16 [k]; empty: no norm
-  float eps = 0;
-};
-
 // One per stream; run() is called by its thread alone.
 class Linear {
  public:
   // Creates the library handle and its workspace. With `overlap` a launch for few rows may begin
   // while the kernel in front of it on the stream ends: that kernel need not know. Throws.
-  explicit Linear(cudaStream_t stream, bool overlap = false);
+  explicit Linear(cudaStream_t stream, bool overlap = true);
   ~Linear();
 
   // x bf16 [rows, k]; weight bf16, its parts one after another in memory count as one matrix;
@@ -38,10 +31,8 @@ class Linear {
   // recording: warm up first).
   void run(Tensor x, const LinearWeight& weight, Tensor y);
 
-  // The same in one kernel with the RMS norm in front and the op behind it, for up to kFewRows
-  // rows. kAdd takes no norm and any number of rows.
-  void run_fused(const LinearInput& input, const LinearWeight& weight, LinearResult result,
-                 Tensor y);
+  // The same with the op behind it in one kernel; kSiluMul for up to kFewRows rows.
+  void run_fused(Tensor x, const LinearWeight& weight, LinearResult result, Tensor y);
 
  private:
   class Impl;

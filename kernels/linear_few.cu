@@ -8,9 +8,6 @@
 // A warp keeps all its loads of W in flight: each register is loaded again, with what comes one
 // round later (of the next columns, where these end), as soon as it has been used. W is requested
 // before the kernel in front has ended (griddepcontrol.wait), x after.
-//
-// An RMS norm is taken along: the product is of x * norm_weight, rounded to bf16 as a normed x
-// would be, and the sums are scaled by 1 / sqrt(mean(x^2) + eps) at the end.
 #include <algorithm>
 
 #include "kernels/cuda_check.h"
@@ -24,11 +21,14 @@ namespace {
 constexpr int kTile = 8;    // columns of y and rows of x of a product
 constexpr int kChunk = 32;  // k of one 16-byte load by four lanes
 constexpr int kMaxWarps = 16;
+constexpr int kResidentWarps = 16;  // of a multiprocessor: 65,536 registers for up to 128 a thread
 constexpr int kMaxParts = 3;
 
-// 16-byte loads of a row of W in flight per lane: 8 in all of one or two rows, as far as there are
-// registers for as many of each eight rows of x.
+// 16-byte loads of a row of W in flight per lane: 8 in all, as far as there are registers for as
+// many of each eight rows of x.
 constexpr int chunks_of(int tiles, int row_blocks) { return tiles * row_blocks == 1 ? 8 : 4; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Weight {
   const bf16* part[kMaxParts];  // [columns, k]
@@ -38,9 +38,7 @@ struct Weight {
 };
 
 struct Params {
-  const void* x;            // [rows, k]
-  const bf16* norm_weight;  // [k]
-  float eps;
+  const bf16* x;  // [rows, k]
   Weight weight;
   void* y;  // [rows, y_columns]
   int rows, k, y_columns;
@@ -101,30 +99,16 @@ __device__ const T* as_one_address(const T* p) {
   return p;
 }
 
-// Eight values of x times the norm's weights, as bf16; their squares are added to `squares`.
-__device__ uint4 weighted(const uint4& a, const uint4& b, const uint4& scale, float& squares) {
-  const auto pair = [&](uint32_t x0, uint32_t x1, uint32_t scales) {
-    const float v0 = __uint_as_float(x0), v1 = __uint_as_float(x1);
-    squares += v0 * v0;
-    squares += v1 * v1;
-    return pack_bf16(v0 * low_bf16(scales), v1 * high_bf16(scales));
-  };
-  return make_uint4(pair(a.x, a.y, scale.x), pair(a.z, a.w, scale.y), pair(b.x, b.y, scale.z),
-                    pair(b.z, b.w, scale.w));
-}
-
-template <int kRowBlocks, bool kNorm, LinearResult kResult, typename Y>
+template <int kRowBlocks, LinearResult kResult, typename Y>
 __global__ void __launch_bounds__(kMaxWarps * 32)
     few_rows_kernel(const __grid_constant__ Params p) {
-  using X = std::conditional_t<kNorm, float, bf16>;
   constexpr int kTiles = kResult == LinearResult::kSiluMul ? 2 : 1;
   constexpr int kRows = kRowBlocks * kTile;
   constexpr int kChunks = chunks_of(kTiles, kRowBlocks);
   constexpr int kWarpK = kChunks * kChunk;
-  // Two of each, so that one barrier a group is enough: the sums of a group are read before the
-  // next group's barrier, and written again only after it.
+  // Two, so that one barrier a group is enough: the sums of a group are read before the next
+  // group's barrier, and written again only after it.
   __shared__ float shared[2][kMaxWarps][kRows][kTiles * kTile];
-  __shared__ float shared_squares[2][kMaxWarps][kNorm ? kRows : 1];
 
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
@@ -142,29 +126,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   };
 
   uint4 w[kTiles][kChunks], x[kRowBlocks][kChunks];
-  float squares[kRowBlocks] = {};
   const int first_k = warp * kWarpK + q * 8, step_k = warps * kWarpK;
-  const X* x_row = static_cast<const X*>(p.x) + g * p.k;
   int group = static_cast<int>(blockIdx.x);
 
-  // Chunks from `k` on; `left` elements of a row are left there.
+  // x from `k` on; `left` elements of a row are left there.
   const auto take_x = [&](int k, int left) {
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
-      const X* from = as_one_address(x_row + b * kTile * p.k + k);
+      const bf16* from = as_one_address(p.x + (b * kTile + g) * p.k + k);
       const int here = b * kTile + g < p.rows ? left : 0;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const bool on = here > c * kChunk;
-        if constexpr (kNorm) {
-          const uint4 low = load_if(from + c * kChunk, on);
-          const uint4 high = load_if(from + c * kChunk + 4, on);
-          const uint4 scale = load_if(p.norm_weight + k + c * kChunk, on);
-          x[b][c] = weighted(low, high, scale, squares[b]);
-        } else {
-          x[b][c] = load_if(from + c * kChunk, on);
-        }
-      }
+      for (int c = 0; c < kChunks; ++c) x[b][c] = load_if(from + c * kChunk, here > c * kChunk);
     }
   };
 
@@ -184,7 +156,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   for (int buffer = 0; group < p.groups; buffer ^= 1) {
     const int next_group = group + static_cast<int>(gridDim.x);
     float first[kRowBlocks][kTiles][4] = {}, second[kRowBlocks][kTiles][4] = {};
-    float group_squares[kRowBlocks];
     for (int i = 0; i < p.iterations; ++i) {
       int next_k = first_k + (i + 1) * step_k;
       int end = p.k;
@@ -211,31 +182,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
           w[t][c] = load_weight(from[t] + c * kChunk, left > c * kChunk);
         }
       }
-      if constexpr (kNorm) {
-        if (i + 1 == p.iterations) {
-#pragma unroll
-          for (int b = 0; b < kRowBlocks; ++b) {
-            group_squares[b] = squares[b];
-            squares[b] = 0.f;
-          }
-        }
-      }
       take_x(next_k, left);
     }
 
     // Lane (g, q) holds columns 2q and 2q + 1 of row g.
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
-      const int r = b * kTile + g;
-      if constexpr (kNorm) {
-        float s = group_squares[b];
-        s += __shfl_xor_sync(~0u, s, 1);
-        s += __shfl_xor_sync(~0u, s, 2);
-        if (q == 0) shared_squares[buffer][warp][r] = s;
-      }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        *reinterpret_cast<float2*>(&shared[buffer][warp][r][t * kTile + 2 * q]) =
+        *reinterpret_cast<float2*>(&shared[buffer][warp][b * kTile + g][t * kTile + 2 * q]) =
             make_float2(first[b][t][0] + second[b][t][2], first[b][t][1] + second[b][t][3]);
       }
     }
@@ -245,16 +200,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
       const int r = i / kTile, column = i % kTile, part = part_of(p.weight, group);
       const int in_part = (group - p.weight.first_tile[part]) * kTile + column;
       if (in_part >= p.weight.columns[part]) continue;
-      float total[kTiles] = {}, square = 0.f;
-      for (int j = 0; j < warps; ++j) {
+      float total[kTiles] = {};
+#pragma unroll  // all loads at once: one after another they would take 0.2 us
+      for (int j = 0; j < kMaxWarps; ++j) {
+        if (j >= warps) continue;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) total[t] += shared[buffer][j][r][t * kTile + column];
-        if constexpr (kNorm) square += shared_squares[buffer][j][r];
-      }
-      if constexpr (kNorm) {
-        const float scale = 1.f / sqrtf(square / static_cast<float>(p.k) + p.eps);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) total[t] *= scale;
       }
       Y* y =
           static_cast<Y*>(p.y) + int64_t{r} * p.y_columns + p.weight.first_column[part] + in_part;
@@ -273,39 +224,30 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
   }
 }
 
-template <int kRowBlocks, bool kNorm, LinearResult kResult, typename Y>
+template <int kRowBlocks, LinearResult kResult, typename Y>
 void launch(cudaStream_t stream, const Params& params, const FewRowsPlan& plan, bool overlap) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(std::min<int64_t>(plan.blocks, params.groups));
-  config.blockDim = static_cast<unsigned>(plan.warps * 32);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, few_rows_kernel<kRowBlocks, kNorm, kResult, Y>, params));
+  const LaunchConfig config(stream,
+                            static_cast<unsigned>(std::min<int64_t>(plan.blocks, params.groups)),
+                            static_cast<unsigned>(plan.warps * 32), overlap);
+  CUDA_CHECK(cudaLaunchKernelEx(&config.value, few_rows_kernel<kRowBlocks, kResult, Y>, params));
 }
 
-template <int kRowBlocks, bool kNorm>
+template <int kRowBlocks>
 void launch_result(cudaStream_t stream, const Params& params, LinearResult result, DType y_dtype,
                    const FewRowsPlan& plan, bool overlap) {
   using enum LinearResult;
   switch (result) {
     case kSiluMul:
-      return launch<kRowBlocks, kNorm, kSiluMul, bf16>(stream, params, plan, overlap);
+      return launch<kRowBlocks, kSiluMul, bf16>(stream, params, plan, overlap);
     case kAdd:
-      if constexpr (!kNorm) launch<kRowBlocks, kNorm, kAdd, float>(stream, params, plan, overlap);
-      return;
+      return launch<kRowBlocks, kAdd, float>(stream, params, plan, overlap);
     case kStore:
       if (y_dtype == DType::kF32) {
-        return launch<kRowBlocks, kNorm, kStore, float>(stream, params, plan, overlap);
+        return launch<kRowBlocks, kStore, float>(stream, params, plan, overlap);
       }
-      return launch<kRowBlocks, kNorm, kStore, bf16>(stream, params, plan, overlap);
+      return launch<kRowBlocks, kStore, bf16>(stream, params, plan, overlap);
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t warp_k(int64_t rows, LinearResult result) {
   return kChunk * chunks_of(result == LinearResult::kSiluMul ? 2 : 1, rows <= kTile ? 1 : 2);
@@ -317,28 +259,34 @@ FewRowsPlan few_rows_plan(int64_t rows, int64_t n, int64_t k, LinearResult resul
                           int multiprocessors) {
   const int64_t groups = ceil_div(result == LinearResult::kSiluMul ? n / 2 : n, kTile);
   const int64_t shares = ceil_div(k, warp_k(rows, result));  // of k, one a warp and iteration
-  // A multiprocessor has registers for 16 warps. Where it has a single block, that takes what it
-  // can use of them; where it has several, the largest block of 4 to 8 warps that leaves the fewest
-  // warps, of those or of the last iteration's, without work.
-  const int most = groups <= multiprocessors ? kMaxWarps : 8;
-  const auto busy = [&](int64_t warps) {
-    const int64_t resident = most == kMaxWarps ? warps : kMaxWarps / warps * warps;
-    return static_cast<double>(resident * shares) /
-           static_cast<double>(ceil_div(shares, warps) * warps);
+  const int64_t per_sm = ceil_div(groups, multiprocessors);  // blocks, one after another or at once
+  const auto resident = [](int64_t warps) { return kResidentWarps / warps; };
+  // Shares of k, real or not, that a multiprocessor has time for until its last block ends: what is
+  // lost where the warps divide k badly or the last round of blocks is not full. Blocks that follow
+  // each other without prefetching anything of their own lose about 6 % (measured on an H100).
+  const auto cost = [&](int64_t warps) {
+    const int64_t iterations = ceil_div(shares, warps);
+    const int64_t rounds = ceil_div(per_sm, resident(warps));
+    const int64_t blocks = rounds * std::min(per_sm, resident(warps));
+    return static_cast<double>(blocks * warps * iterations) *
+           (rounds > 1 && iterations == 1 ? 1.06 : 1.0);
   };
+  // A block that has a multiprocessor to itself may take all of it. Of equals the larger is faster.
+  const int most = per_sm <= 1 ? kMaxWarps : 8;
   int best = 4;
   for (int warps = 5; warps <= most; ++warps) {
-    if (busy(warps) >= busy(best)) best = warps;
+    if (cost(warps) <= cost(best)) best = warps;
   }
-  return {static_cast<int>(std::min<int64_t>(best, std::max<int64_t>(shares, 1))), groups};
+  best = static_cast<int>(std::clamp<int64_t>(shares, 1, best));
+  // From nine rows on a block takes several groups, the next one's loads in flight while it ends
+  // one: 114 for 151 us (head of 0.6B on an H100). For fewer rows the hardware's distribution of
+  // single groups is faster by 1 to 5 %.
+  return {best, rows <= kTile ? groups : std::min(groups, resident(best) * multiprocessors)};
 }
 
-void linear_few_rows(cudaStream_t stream, const LinearInput& input, const LinearWeight& weight,
-                     Tensor y, LinearResult result, const FewRowsPlan& plan, bool overlap) {
-  const Tensor& x = input.x;
-  const bool norm = input.norm_weight.dims() > 0;
-  CHECK(x.dims() == 2 && x.dtype() == (norm ? DType::kF32 : DType::kBF16),
-        "x is bf16 [rows, k], or f32 before a norm");
+void linear_few_rows(cudaStream_t stream, Tensor x, const LinearWeight& weight, Tensor y,
+                     LinearResult result, const FewRowsPlan& plan, bool overlap) {
+  CHECK(x.dims() == 2 && x.dtype() == DType::kBF16, "x is bf16 [rows, k]");
   const int64_t rows = x.dim(0), k = x.dim(1), n = weight.out_features();
   CHECK(rows <= kFewRows, "at most sixteen rows");
   CHECK(k % 8 == 0, "rows are read by eights: k must be a multiple of 8");
@@ -349,15 +297,7 @@ void linear_few_rows(cudaStream_t stream, const LinearInput& input, const Linear
   if (rows == 0 || n == 0) return;
 
   Params params{};
-  params.x = x.raw();
-  if (norm) {
-    CHECK(input.norm_weight.dtype() == DType::kBF16 && input.norm_weight.size() == k,
-          "the norm's weight is bf16 [k]");
-    CHECK(reinterpret_cast<uintptr_t>(input.norm_weight.raw()) % 16 == 0,
-          "the norm's weight is aligned to 16 bytes");
-    params.norm_weight = input.norm_weight.data<bf16>();
-    params.eps = input.eps;
-  }
+  params.x = x.data<bf16>();
   params.y = y.raw();
   params.rows = static_cast<int>(rows);
   params.k = static_cast<int>(k);
@@ -387,15 +327,13 @@ void linear_few_rows(cudaStream_t stream, const LinearInput& input, const Linear
       break;
     case LinearResult::kAdd:
       CHECK(y.dtype() == DType::kF32 && y.dim(1) == n, "the residual is f32 [rows, n]");
-      CHECK(!norm, "what is added to the residual comes from no norm");
       break;
     case LinearResult::kStore:
       CHECK((y.dtype() == DType::kBF16 || y.dtype() == DType::kF32) && y.dim(1) == n,
             "y is bf16 or f32 [rows, n]");
       break;
   }
-  const auto launcher = rows <= kTile ? (norm ? launch_result<1, true> : launch_result<1, false>)
-                                      : (norm ? launch_result<2, true> : launch_result<2, false>);
+  const auto launcher = rows <= kTile ? launch_result<1> : launch_result<2>;
   launcher(stream, params, result, y.dtype(), plan, overlap);
 }
 

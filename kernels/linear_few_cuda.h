@@ -18,10 +18,10 @@ struct FewRowsPlan {
 FewRowsPlan few_rows_plan(int64_t rows, int64_t n, int64_t k, LinearResult result,
                           int multiprocessors);
 
-// rows <= kFewRows; weight bf16; y as `result` says. k is a multiple of 8; x, the norm's weight and
+// x bf16 [rows, k], rows <= kFewRows; weight bf16; y as `result` says. k is a multiple of 8; x and
 // the parts of the weight are aligned to 16 bytes. With `overlap` the launch may begin before the
 // kernel in front of it has ended (programmatic dependent launch); it reads x and writes y after.
-void linear_few_rows(cudaStream_t stream, const LinearInput& input, const LinearWeight& weight,
-                     Tensor y, LinearResult result, const FewRowsPlan& plan, bool overlap);
+void linear_few_rows(cudaStream_t stream, Tensor x, const LinearWeight& weight, Tensor y,
+                     LinearResult result, const FewRowsPlan& plan, bool overlap);
 
 }  // namespace kvarn::cuda

@@ -1,5 +1,7 @@
 // RMS norm and residual addition: one thread block per row, eight elements per thread. The sum of
 // squares is fp32: in bf16, adding equal terms stalls after 256 of them. Every access is 16 bytes.
+// Launches overlap the kernel in front, so pointers to what that may write are not __restrict__:
+// the compiler could move their loads above the wait.
 #include <algorithm>
 
 #include "kernels/cuda_check.h"
@@ -17,24 +19,26 @@ constexpr int kAddThreads = 256;
 // twice, the second time from a cache.
 template <typename W, bool kAdd, bool kCached>
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_kernel(float* __restrict__ x,           // [rows, hidden]; written if kAdd
-                    const bf16* __restrict__ delta,  // [rows, hidden]; read if kAdd
-                    const W* __restrict__ weight,    // [hidden]
-                    bf16* __restrict__ y,            // [rows, hidden]
+    rms_norm_kernel(float* x,                      // [rows, hidden]; written if kAdd
+                    const bf16* delta,             // [rows, hidden]; read if kAdd
+                    const W* __restrict__ weight,  // [hidden]
+                    bf16* y,                       // [rows, hidden]
                     int hidden, float eps) {
   __shared__ float shared[32];
-  let_next_kernel_begin();
+  const int first = static_cast<int>(threadIdx.x) * kVector;
+  const int step = static_cast<int>(blockDim.x) * kVector;
   x += int64_t{blockIdx.x} * hidden;
   y += int64_t{blockIdx.x} * hidden;
   if constexpr (kAdd) delta += int64_t{blockIdx.x} * hidden;
-  const int first = static_cast<int>(threadIdx.x) * kVector;
-  const int step = static_cast<int>(blockDim.x) * kVector;
-
+  let_next_kernel_begin();
   Floats8 row{}, scales{};
+  if constexpr (kCached) {
+    if (first < hidden) scales = load8(weight + first);
+  }
+  wait_for_kernel_in_front();
   float squares = 0.f;
   for (int i = first; i < hidden; i += step) {
     row = load8(x + i);
-    if constexpr (kCached) scales = load8(weight + i);  // in flight with the row
     if constexpr (kAdd) {
       const Floats8 d = load8(delta + i);
 #pragma unroll
@@ -59,8 +63,9 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 __global__ void __launch_bounds__(kAddThreads)
-    add_kernel(float* __restrict__ residual, const bf16* __restrict__ delta, int64_t size) {
+    add_kernel(float* residual, const bf16* delta, int64_t size) {
   let_next_kernel_begin();
+  wait_for_kernel_in_front();
   const int64_t i = (int64_t{blockIdx.x} * kAddThreads + threadIdx.x) * kVector;
   if (i >= size) return;
   Floats8 sum = load8(residual + i);
@@ -77,9 +82,11 @@ void launch_norm(cudaStream_t stream, Tensor x, const bf16* delta, Tensor weight
   const int64_t threads = std::min<int64_t>((hidden / kVector + 31) / 32 * 32, kMaxThreads);
   const auto kernel = hidden <= threads * kVector ? rms_norm_kernel<W, kAdd, true>
                                                   : rms_norm_kernel<W, kAdd, false>;
-  kernel<<<static_cast<unsigned>(rows), static_cast<unsigned>(threads), 0, stream>>>(
-      x.data<float>(), delta, weight.data<W>(), y.data<bf16>(), static_cast<int>(hidden), eps);
-  CUDA_CHECK(cudaGetLastError());
+  const LaunchConfig config(stream, static_cast<unsigned>(rows), static_cast<unsigned>(threads),
+                            /*overlap=*/true);
+  CUDA_CHECK(cudaLaunchKernelEx(&config.value, kernel, x.data<float>(), delta,
+                                static_cast<const W*>(weight.data<W>()), y.data<bf16>(),
+                                static_cast<int>(hidden), eps));
 }
 
 template <bool kAdd>
@@ -128,9 +135,10 @@ void add(cudaStream_t stream, Tensor residual, Tensor delta) {
   CHECK(size % kVector == 0, "rows are read by eights: hidden must be a multiple of 8");
   if (size == 0) return;
   constexpr int64_t kPerBlock = kAddThreads * kVector;
-  add_kernel<<<static_cast<unsigned>((size + kPerBlock - 1) / kPerBlock), kAddThreads, 0, stream>>>(
-      residual.data<float>(), delta.data<bf16>(), size);
-  CUDA_CHECK(cudaGetLastError());
+  const LaunchConfig config(stream, static_cast<unsigned>((size + kPerBlock - 1) / kPerBlock),
+                            kAddThreads, /*overlap=*/true);
+  CUDA_CHECK(cudaLaunchKernelEx(&config.value, add_kernel, residual.data<float>(),
+                                static_cast<const bf16*>(delta.data<bf16>()), size));
 }
 
 }  // namespace kvarn::cuda

@@ -1,6 +1,7 @@
 // Linear layers of the Qwen3 models, in a graph, weights from memory: own kernels for few rows and
 // cuBLASLt, against a plain read of the same weights in the same run.
-//   kvarn_cuda_linear_bench [--model 0.6B] [--matrix qkv] [--sweep 1] [--layers 1] [--json FILE]
+//   kvarn_cuda_linear_bench [--model 0.6B] [--matrix qkv] [--sweep 1 [--rows 16]] [--layers 1]
+//   [--json FILE]
 // --sweep prints every plan for few rows instead: how few_rows_plan() was found. --layers times the
 // linear part of a whole layer, fused and not.
 #include <cmath>
@@ -108,8 +109,7 @@ class Case {
     LinearWeight w;
     w.num_parts = 1;
     w.parts[0] = weight(variant);
-    cuda::linear_few_rows(stream, {x(rows), {}, 0}, w, y(rows), cuda::LinearResult::kStore, plan,
-                          overlap);
+    cuda::linear_few_rows(stream, x(rows), w, y(rows), cuda::LinearResult::kStore, plan, overlap);
   }
   std::vector<float> results(int64_t rows) const {
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -151,8 +151,8 @@ void sweep(const Case& c, const Matrix& m, cuda::CublasLt& library, int sms, int
   std::fflush(stdout);
 }
 
-// The linear part of a layer with what lies between: seven kernels, or four with norms, silu * mul
-// and the additions to the residual fused.
+// The linear part of a layer with what lies between: seven kernels, or six with silu * mul and the
+// additions to the residual fused. `overlap` is that of the linear kernels; the others always do.
 class Layer {
  public:
   Layer(const std::vector<Matrix>& all, const std::string& model, const DeviceBytes& quantiles) {
@@ -165,7 +165,7 @@ class Layer {
     hidden_ = matrices_["o"].n;
     ffn_ = matrices_["down"].k;
     const int64_t widest = std::max(matrices_["gate_up"].n, matrices_["qkv"].n);
-    for (auto* activation : {&residual_, &norm_, &x_, &wide_, &heads_, &delta_}) {
+    for (auto* activation : {&residual_, &norm_, &x_, &wide_, &heads_, &hidden_states_, &delta_}) {
       *activation = std::make_unique<DeviceBytes>(static_cast<size_t>(cuda::kFewRows * widest) * 4);
     }
     const auto* table = reinterpret_cast<const bf16*>(quantiles.data());
@@ -184,14 +184,13 @@ class Layer {
   double us(int64_t rows, bool fused, bool overlap, int sms) const {
     return time_us(variants_, [&](cudaStream_t stream, int variant) {
       size_t offset = bytes_ * static_cast<size_t>(variant);
-      const auto linear = [&](const char* name, const cuda::LinearInput& input, Tensor y,
-                              cuda::LinearResult result) {
+      const auto linear = [&](const char* name, Tensor x, Tensor y, cuda::LinearResult result) {
         const Matrix& m = matrices_.at(name);
         LinearWeight w;
         w.num_parts = 1;
         w.parts[0] = Tensor(weights_->data() + offset, DType::kBF16, {m.n, m.k});
         offset += m.bytes();
-        cuda::linear_few_rows(stream, input, w, y, result,
+        cuda::linear_few_rows(stream, x, w, y, result,
                               cuda::few_rows_plan(rows, m.n, m.k, result, sms), overlap);
       };
       using enum cuda::LinearResult;
@@ -203,30 +202,34 @@ class Layer {
       const Tensor x = narrow(*x_, hidden_), delta = narrow(*delta_, hidden_);
       const Tensor wide = narrow(*wide_, matrices_.at("qkv").n);
       const Tensor heads = narrow(*heads_, matrices_.at("o").k);
-      const Tensor gate_up = narrow(*wide_, 2 * ffn_), hidden = narrow(*x_, ffn_);
+      const Tensor gate_up = narrow(*wide_, 2 * ffn_), hidden = narrow(*hidden_states_, ffn_);
       if (fused) {
-        linear("qkv", {residual, gamma, 1e-6f}, wide, kStore);
-        linear("o", {heads, {}, 0}, residual, kAdd);
-        linear("gate_up", {residual, gamma, 1e-6f}, hidden, kSiluMul);
-        linear("down", {hidden, {}, 0}, residual, kAdd);
+        cuda::rms_norm(stream, residual, gamma, kEps, x);
+        linear("qkv", x, wide, kStore);
+        linear("o", heads, residual, kAdd);
+        cuda::rms_norm(stream, residual, gamma, kEps, x);
+        linear("gate_up", x, hidden, kSiluMul);
+        linear("down", hidden, residual, kAdd);
         return;
       }
-      cuda::add_rms_norm(stream, residual, delta, gamma, 1e-6f, x);
-      linear("qkv", {x, {}, 0}, wide, kStore);
-      linear("o", {heads, {}, 0}, delta, kStore);
-      cuda::add_rms_norm(stream, residual, delta, gamma, 1e-6f, x);
-      linear("gate_up", {x, {}, 0}, gate_up, kStore);
+      cuda::add_rms_norm(stream, residual, delta, gamma, kEps, x);
+      linear("qkv", x, wide, kStore);
+      linear("o", heads, delta, kStore);
+      cuda::add_rms_norm(stream, residual, delta, gamma, kEps, x);
+      linear("gate_up", x, gate_up, kStore);
       cuda::silu_mul(stream, gate_up, hidden);
-      linear("down", {hidden, {}, 0}, delta, kStore);
+      linear("down", hidden, delta, kStore);
     });
   }
 
  private:
+  static constexpr float kEps = 1e-6f;
   std::map<std::string, Matrix> matrices_;
   size_t bytes_ = 0;
   int variants_ = 0;
   int64_t hidden_ = 0, ffn_ = 0;
-  std::unique_ptr<DeviceBytes> weights_, residual_, norm_, x_, wide_, heads_, delta_;
+  std::unique_ptr<DeviceBytes> weights_, residual_, norm_, x_, wide_, heads_, hidden_states_,
+      delta_;
 };
 
 void layers(const std::string& only, const DeviceBytes& quantiles, int sms, Report& report) {
@@ -281,7 +284,10 @@ int run(int argc, char** argv) {
       }
     }
     if (sweeps) {
-      for (const int64_t rows : {1, 8, 16}) sweep(c, m, library, sms, rows);
+      const int64_t some = std::stoi(option(argc, argv, "--rows", "0"));
+      for (const int64_t rows : {1, 8, 16}) {
+        if (some == 0 || some == rows) sweep(c, m, library, sms, rows);
+      }
       continue;
     }
     if (!limits.contains(m.bytes())) limits[m.bytes()] = read_limit_us(m.bytes());

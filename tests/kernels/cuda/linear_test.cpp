@@ -80,7 +80,7 @@ class CudaLinearTest : public test::CudaTest {
  protected:
   void SetUp() override {
     test::CudaTest::SetUp();
-    if (!IsSkipped()) linear_ = std::make_unique<cuda::Linear>(stream_);
+    if (!IsSkipped()) linear_ = std::make_unique<cuda::Linear>(stream_, /*overlap=*/false);
   }
   void TearDown() override {
     linear_.reset();
@@ -137,7 +137,7 @@ TEST_F(CudaLinearTest, EveryPlanForFewRowsGivesTheProduct) {
       for (const int64_t blocks : {1, 3, 1000}) {
         for (const bool overlap : {false, true}) {
           const DeviceArray<float> y(static_cast<size_t>(s.rows * s.n));
-          cuda::linear_few_rows(stream_, {Tensor::of(device_x.data(), {s.rows, s.k}), {}, 0},
+          cuda::linear_few_rows(stream_, Tensor::of(device_x.data(), {s.rows, s.k}),
                                 weight_of({Tensor::of(device_w.data(), {s.n, s.k})}),
                                 Tensor::of(y.data(), {s.rows, s.n}), LinearResult::kStore,
                                 {warps, blocks}, overlap);
@@ -240,8 +240,8 @@ TEST_F(CudaLinearTest, AddsToTheResidual) {
     const LinearWeight weight = weight_of({Tensor::of(device_w.data(), {s.n, s.k})});
     Product expected = product(x, w, s);
     for (int round = 1; round <= 2; ++round) {  // the first may have timed algorithms
-      linear_->run_fused({Tensor::of(device_x.data(), {s.rows, s.k}), {}, 0}, weight,
-                         LinearResult::kAdd, Tensor::of(y.data(), {s.rows, s.n}));
+      linear_->run_fused(Tensor::of(device_x.data(), {s.rows, s.k}), weight, LinearResult::kAdd,
+                         Tensor::of(y.data(), {s.rows, s.n}));
       Product sum = expected;
       for (size_t i = 0; i < residual.size(); ++i) {
         sum.sum[i] = round * sum.sum[i] + double{residual[i]};
@@ -249,92 +249,6 @@ TEST_F(CudaLinearTest, AddsToTheResidual) {
       }
       ASSERT_NO_FATAL_FAILURE(expect_near(y.host(), sum, false, s));
     }
-  }
-}
-
-// What a fused norm gives: x f32 and its weights, and the normed x in float64.
-struct NormedInput {
-  std::vector<float> x;
-  std::vector<bf16> weight;
-  std::vector<double> normed;
-};
-
-constexpr float kEps = 1e-3f;  // large enough to show
-
-NormedInput normed_input(int64_t rows, int64_t k, uint64_t seed) {
-  NormedInput in{test::random_floats(static_cast<size_t>(rows * k), seed, -0.3f, 0.3f),
-                 test::random_bf16(static_cast<size_t>(k), seed + 1, 0.5f, 1.5f),
-                 {}};
-  for (int64_t r = 0; r < rows; ++r) {
-    double squares = 0;
-    for (int64_t i = 0; i < k; ++i) {
-      squares += std::pow(double{in.x[static_cast<size_t>(r * k + i)]}, 2);
-    }
-    const double scale = 1 / std::sqrt(squares / static_cast<double>(k) + double{kEps});
-    for (int64_t i = 0; i < k; ++i) {
-      in.normed.push_back(double{in.x[static_cast<size_t>(r * k + i)]} * scale *
-                          double{to_float(in.weight[static_cast<size_t>(i)])});
-    }
-  }
-  return in;
-}
-
-Product product(const std::vector<double>& x, const std::vector<bf16>& w, const Shape& s) {
-  const std::vector<float> wf = widened(w);
-  Product out;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    for (int64_t j = 0; j < s.n; ++j) {
-      double sum = 0, magnitude = 0;
-      for (int64_t i = 0; i < s.k; ++i) {
-        const double term =
-            x[static_cast<size_t>(r * s.k + i)] * double{wf[static_cast<size_t>(j * s.k + i)]};
-        sum += term;
-        magnitude += std::abs(term);
-      }
-      out.sum.push_back(sum);
-      out.magnitude.push_back(magnitude);
-    }
-  }
-  return out;
-}
-
-TEST_F(CudaLinearTest, TakesTheNormOfItsInput) {
-  for (const Shape s : {Shape{1, 40, 64}, Shape{3, 129, 1000}, Shape{8, 64, 2048},
-                        Shape{9, 48, 1000}, Shape{16, 129, 5128}}) {
-    const NormedInput in = normed_input(s.rows, s.k, 21);
-    const auto w = test::random_bf16(static_cast<size_t>(s.n * s.k), 23);
-    const DeviceArray<float> x(in.x);
-    const DeviceArray<bf16> norm_weight(in.weight), device_w(w);
-    const LinearWeight weight = weight_of({Tensor::of(device_w.data(), {s.n, s.k})});
-    const cuda::LinearInput input{Tensor::of(x.data(), {s.rows, s.k}),
-                                  Tensor::of(norm_weight.data(), {s.k}), kEps};
-    // x times its weight is rounded to bf16: each term by 2^-8 of itself at most.
-    Product expected = product(in.normed, w, s);
-    const DeviceArray<float> y(static_cast<size_t>(s.rows * s.n));
-    linear_->run_fused(input, weight, LinearResult::kStore, Tensor::of(y.data(), {s.rows, s.n}));
-    const std::vector<float> values = y.host();
-    double squares = 0, differences = 0;
-    for (size_t i = 0; i < values.size(); ++i) {
-      ASSERT_NEAR(values[i], expected.sum[i], 0x1p-8 * expected.magnitude[i]) << i;
-      squares += expected.sum[i] * expected.sum[i];
-      differences += std::pow(double{values[i]} - expected.sum[i], 2);
-    }
-    EXPECT_LT(std::sqrt(differences / squares), 3e-3);  // the roundings average out
-    const DeviceArray<bf16> narrow(values.size());
-    linear_->run_fused(input, weight, LinearResult::kStore,
-                       Tensor::of(narrow.data(), {s.rows, s.n}));
-    const std::vector<bf16> rounded = narrow.host();
-    for (size_t i = 0; i < values.size(); ++i) {
-      ASSERT_EQ(rounded[i].bits, to_bf16(values[i]).bits) << i;
-    }
-    // The same for several groups of columns in a block: each sums the squares again.
-    const DeviceArray<float> again(values.size());
-    cuda::linear_few_rows(
-        stream_, input, weight, Tensor::of(again.data(), {s.rows, s.n}), LinearResult::kStore,
-        {cuda::few_rows_plan(s.rows, s.n, s.k, LinearResult::kStore, num_multiprocessors_).warps,
-         2},
-        false);
-    EXPECT_TRUE(test::bitwise_equal(again.host(), values));
   }
 }
 
@@ -347,35 +261,24 @@ TEST_F(CudaLinearTest, GateAndUpBecomeTheirProduct) {
     std::vector<bf16> both = gate;
     both.insert(both.end(), up.begin(), up.end());
     const auto x = test::random_bf16(static_cast<size_t>(s.rows * s.k), 16, -0.3f, 0.3f);
-    const NormedInput in = normed_input(s.rows, s.k, 24);
-    const DeviceArray<bf16> g(gate), u(up), together(both), device_x(x), norm_weight(in.weight);
-    const DeviceArray<float> wide_x(in.x);
-    for (const bool norm : {false, true}) {
-      const Product pg = norm ? product(in.normed, gate, s) : product(x, gate, s);
-      const Product pu = norm ? product(in.normed, up, s) : product(x, up, s);
-      // Of the sums' magnitudes; with a norm the terms are rounded to bf16 on the way.
-      const double rounding = norm ? 0x1p-8 : 0x1p-18;
-      const cuda::LinearInput input =
-          norm ? cuda::LinearInput{Tensor::of(wide_x.data(), {s.rows, s.k}),
-                                   Tensor::of(norm_weight.data(), {s.k}), kEps}
-               : cuda::LinearInput{Tensor::of(device_x.data(), {s.rows, s.k}), {}, 0};
-      for (const LinearWeight& weight :
-           {weight_of({Tensor::of(together.data(), {2 * ffn, s.k})}),
-            weight_of({Tensor::of(g.data(), {ffn, s.k}), Tensor::of(u.data(), {ffn, s.k})})}) {
-        const DeviceArray<bf16> y(static_cast<size_t>(s.rows * ffn));
-        linear_->run_fused(input, weight, LinearResult::kSiluMul,
-                           Tensor::of(y.data(), {s.rows, ffn}));
-        const std::vector<float> values = widened(y.host());
-        for (size_t i = 0; i < values.size(); ++i) {
-          const double silu = pg.sum[i] / (1 + std::exp(-pg.sum[i]));
-          // silu's slope is below 1.1; the result is rounded to bf16.
-          const double gate_error = 1.1 * rounding * pg.magnitude[i];
-          const double tolerance = gate_error * std::abs(pu.sum[i]) +
-                                   (std::abs(silu) + gate_error) * rounding * pu.magnitude[i];
-          ASSERT_NEAR(values[i], silu * pu.sum[i],
-                      1.01 * (tolerance + 0x1p-8 * std::abs(silu * pu.sum[i])) + 1e-30)
-              << "norm " << norm << " rows " << s.rows << " at " << i;
-        }
+    const DeviceArray<bf16> g(gate), u(up), together(both), device_x(x);
+    const Product pg = product(x, gate, s), pu = product(x, up, s);
+    for (const LinearWeight& weight :
+         {weight_of({Tensor::of(together.data(), {2 * ffn, s.k})}),
+          weight_of({Tensor::of(g.data(), {ffn, s.k}), Tensor::of(u.data(), {ffn, s.k})})}) {
+      const DeviceArray<bf16> y(static_cast<size_t>(s.rows * ffn));
+      linear_->run_fused(Tensor::of(device_x.data(), {s.rows, s.k}), weight, LinearResult::kSiluMul,
+                         Tensor::of(y.data(), {s.rows, ffn}));
+      const std::vector<float> values = widened(y.host());
+      for (size_t i = 0; i < values.size(); ++i) {
+        const double silu = pg.sum[i] / (1 + std::exp(-pg.sum[i]));
+        // Both sums are within 2^-18 of their magnitudes (silu's slope is below 1.1); the result
+        // is rounded to bf16.
+        const double tolerance = 0x1p-18 * (1.1 * pg.magnitude[i] * std::abs(pu.sum[i]) +
+                                            std::abs(silu) * pu.magnitude[i]);
+        ASSERT_NEAR(values[i], silu * pu.sum[i],
+                    1.01 * (tolerance + 0x1p-8 * std::abs(silu * pu.sum[i])) + 1e-30)
+            << "rows " << s.rows << " at " << i;
       }
     }
   }
@@ -455,8 +358,8 @@ TEST_F(CudaLinearTest, NoRowsDoNothing) {
   const LinearWeight weight = weight_of({Tensor::of(w.data(), {8, 8})});
   linear_->run(Tensor::of(static_cast<bf16*>(nullptr), {0, 8}), weight,
                Tensor::of(static_cast<bf16*>(nullptr), {0, 8}));
-  linear_->run_fused({Tensor::of(static_cast<bf16*>(nullptr), {0, 8}), {}, 0}, weight,
-                     LinearResult::kAdd, Tensor::of(static_cast<float*>(nullptr), {0, 8}));
+  linear_->run_fused(Tensor::of(static_cast<bf16*>(nullptr), {0, 8}), weight, LinearResult::kAdd,
+                     Tensor::of(static_cast<float*>(nullptr), {0, 8}));
   wait();
 }
 
