@@ -142,6 +142,21 @@ INSTANTIATE_TEST_SUITE_P(
                       TinyCase{"k4v2_g8", 256, 8, 1, 512, KvFormat::kKvarnK4V2, DType::kF16}),
     [](const auto& c) { return std::string(c.param.name); });
 
+// Real widths: 28 layers, 151,936 ids, random weights. One chunk, then decodes over a border.
+TEST_F(ParityTest, APublicShapeIsReadAsOnTheCpu) {
+  const ModelSource source{.path = {},
+                           .format = LoadFormat::kDummy,
+                           .shape = "qwen3-0.6b",
+                           .max_model_len = 512,
+                           .dummy_seed = 1};
+  const std::vector<int32_t> tokens = test::random_tokens(260, 151'936, 4);
+  const Difference d = run(source, KvFormat::kKvarnK4V2, tokens, 250, 256);
+  std::cout << "qwen3-0.6b: difference " << 100 * std::sqrt(d.power) << " % of the logits, KL "
+            << d.mean_kl << "\n";
+  EXPECT_EQ(d.rows, 260);
+  EXPECT_LT(std::sqrt(d.power), 0.02);
+}
+
 class DemoParityTest : public ParityTest, public ::testing::WithParamInterface<KvFormat> {
  protected:
   const ModelSource source_{
