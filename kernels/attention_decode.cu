@@ -22,6 +22,8 @@
 namespace kvarn::cuda {
 namespace {
 
+constexpr int kBlocksPerSm = 1;
+constexpr int kProgrammatic = 1;
 constexpr int kHeads = 8;  // query heads of one KV head, padded: N of the MMAs
 
 template <KvFormat kFormat>
@@ -31,8 +33,11 @@ struct Config {
   static constexpr int kVBits = kFormat == KvFormat::kKvarnK4V4 ? 4 : 2;
   static constexpr float kUnit = kCoded ? code_unit(kVBits) : 1.f;  // of AttendState::o
   static constexpr int kWarps = 8;
-  static constexpr int kBlocksPerSm = 1;
   static constexpr int kSplit = 1;  // warps that share a page
+  // Of a share, kept in shared memory: page ids of the first segment's first items, and the first
+  // segments.
+  static constexpr int kIds = kFormat == KvFormat::kKvarnK4V2 ? 512 : 128;
+  static constexpr int kSegments = kFormat == KvFormat::kKvarnK4V2 ? 32 : 16;
   // As many as fit beside the areas in the 227 KB of a thread block.
   static constexpr int kSlots = kFormat == KvFormat::kKvarnK4V2   ? 14
                                 : kFormat == KvFormat::kKvarnK4V4 ? 11
@@ -61,6 +66,8 @@ struct Shared {
   uint32_t left[kOpen];
   uint32_t area_busy[C::kWarps];
   uint32_t arrived_last;
+  int32_t ids[C::kIds];
+  alignas(16) DecodeSegment segments[C::kSegments];
 };
 
 struct Args {
@@ -75,11 +82,11 @@ struct Args {
   float score_scale;  // times log2(e)
 };
 
-__device__ uint32_t shared_address(const void* p) {
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-__device__ void wait_for(const uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void wait_for(const uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\nwait:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       " @!done bra wait;\n}" ::"r"(shared_address(barrier)),
@@ -88,14 +95,14 @@ __device__ void wait_for(const uint64_t* barrier, uint32_t parity) {
 }
 
 // Pages are read once: they must not push the plan, the queries and the partials out of L2.
-__device__ uint64_t read_once_policy() {
+__device__ __forceinline__ uint64_t read_once_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
   return policy;
 }
 
-__device__ void bulk_copy(void* to, const std::byte* from, uint32_t bytes, uint64_t* barrier,
-                          uint64_t policy) {
+__device__ __forceinline__ void bulk_copy(void* to, const std::byte* from, uint32_t bytes,
+                                          uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
@@ -103,54 +110,51 @@ __device__ void bulk_copy(void* to, const std::byte* from, uint32_t bytes, uint6
       : "memory");
 }
 
-// Where a copy comes from.
-struct Source {
-  const std::byte* page;
-  int rows;  // 0: a coded tile
-};
-
+// `rows`: 0 for a coded tile.
 template <typename C>
-__device__ void start_copy(Shared<C>& shared, int slot, const Source& source, uint64_t policy) {
+__device__ __forceinline__ void start_copy(Shared<C>& shared, int slot, const std::byte* page,
+                                           int rows, uint64_t policy) {
   constexpr int kRow = 2 * kCodedHeadDim;  // bytes of K or V
   std::byte* to = shared.slots[slot];
   uint64_t* full = &shared.full[slot];
-  const bool whole = source.rows == 0 || source.rows == C::kLayout.exact_rows;
-  const uint32_t part = source.rows * kRow;
+  const bool whole = rows == 0 || rows == C::kLayout.exact_rows;
+  const uint32_t part = rows * kRow;
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(full)),
                "r"(whole ? C::kLayout.page_bytes : 2 * part)
                : "memory");
   if (whole) {
-    bulk_copy(to, source.page, C::kLayout.page_bytes, full, policy);
+    bulk_copy(to, page, C::kLayout.page_bytes, full, policy);
   } else {  // only the rows in use
     constexpr int kV = C::kLayout.exact_rows * kRow;
-    bulk_copy(to, source.page, part, full, policy);
-    bulk_copy(to + kV, source.page + kV, part, full, policy);
+    bulk_copy(to, page, part, full, policy);
+    bulk_copy(to + kV, page + kV, part, full, policy);
   }
 }
 
 // A place in the thread block's share: item numbers run over all its segments. Moves forward only.
+// Before the segments are in shared memory (`staged` null) it reads them from the plan.
 template <typename C>
 class Cursor {
  public:
-  __device__ Cursor(const Args& args, const DecodeShare& share) : args_(args), share_(share) {
+  __device__ Cursor(const Args& args, const DecodeShare& share, const DecodeSegment* staged)
+      : args_(args), share_(share), staged_(staged) {
     enter(0);
   }
-  // To the segment of `item`; whether it is another one.
-  __device__ bool seek(int item) {
-    if (item < end_) return false;
-    do enter(index_ + 1);
-    while (item >= end_);
-    return true;
+  // To the segment of `item`.
+  __device__ void seek(int item) {
+    while (item >= end_) enter(index_ + 1);
   }
   __device__ DecodeList::Item at(int item) const {
     return decode_list(C::kCoded, C::kLayout.pages_per_exact_block, C::kLayout.exact_rows,
                        position_)
         .item(item - base_, C::kLayout.pages_per_exact_block, C::kLayout.exact_rows);
   }
-  __device__ Source source(int item) const {
+  __device__ int32_t load_id(int item) const {
     const DecodeList::Item i = at(item);
-    const int64_t page = __ldg(&args_.block_pages[first_block_ + i.block][0] + i.page);
-    return {args_.pages + (page * args_.kv_heads + head_) * C::kLayout.page_bytes, i.rows};
+    return __ldg(&args_.block_pages[first_block_ + i.block][0] + i.page);
+  }
+  __device__ const std::byte* page(int32_t id) const {
+    return args_.pages + (int64_t{id} * args_.kv_heads + head_) * C::kLayout.page_bytes;
   }
   __device__ const DecodeSegment& segment() const { return segment(index_); }
   __device__ int index() const { return index_; }
@@ -159,6 +163,7 @@ class Cursor {
 
  private:
   __device__ const DecodeSegment& segment(int index) const {
+    if (staged_ != nullptr && index < C::kSegments) return staged_[index];
     const auto* further = reinterpret_cast<const DecodeSegment*>(args_.shares + gridDim.x);
     return index == 0 ? share_.first : further[share_.rest + index - 1];
   }
@@ -175,25 +180,39 @@ class Cursor {
 
   const Args& args_;
   const DecodeShare& share_;
+  const DecodeSegment* staged_;
   int index_ = 0, begin_ = 0, base_ = 0, end_ = 0, position_ = 0, first_block_ = 0, head_ = 0;
 };
 
-__device__ void load_query(const Args& args, const DecodeSegment& segment, Query& query) {
+// A query's fragments as they lie in memory. Loading and use are apart, so that a wait for memory
+// hides behind the work between.
+struct RawQuery {
+  uint32_t low[kSteps], high[kSteps];
+};
+
+__device__ __forceinline__ void load(const Args& args, const DecodeSegment& segment,
+                                     RawQuery& raw) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int64_t head = int64_t{segment.row} * args.kv_heads * args.group +
                        segment.head * args.group + (g < args.group ? g : 0);
   const auto* from = reinterpret_cast<const uint32_t*>(args.q + head * kCodedHeadDim) + q;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const uint32_t low = g < args.group ? __ldg(from + 8 * s) : 0;
-    const uint32_t high = g < args.group ? __ldg(from + 8 * s + 4) : 0;
-    query.low[s] = times(low, 0.125f);
-    query.low16[s] = times(low, 2.f);
-    query.high[s] = times(high, 0.125f);
+    raw.low[s] = g < args.group ? __ldg(from + 8 * s) : 0;
+    raw.high[s] = g < args.group ? __ldg(from + 8 * s + 4) : 0;
   }
 }
 
-__device__ void leave(const AttendState& state, Area& area) {
+__device__ __forceinline__ void take(const RawQuery& raw, Query& query) {
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    query.low[s] = times(raw.low[s], 0.125f);
+    query.low16[s] = times(raw.low[s], 2.f);
+    query.high[s] = times(raw.high[s], 0.125f);
+  }
+}
+
+__device__ __forceinline__ void leave(const AttendState& state, Area& area) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int d = 0; d < kTiles; ++d) {
@@ -202,35 +221,112 @@ __device__ void leave(const AttendState& state, Area& area) {
   if (lane < 4) area.ml[lane] = make_float4(state.m[0], state.m[1], state.l[0], state.l[1]);
 }
 
-// Adds `ml` and `o` of another state to (m, l, o) of one channel tile or all.
+// A sum of states. Every lane knows it for its heads.
 struct Merge {
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-
-  // Returns the weights of what came before and of what comes now.
-  __device__ float4 add(const float4& ml) {
-    const float top0 = fmaxf(m[0], ml.x), top1 = fmaxf(m[1], ml.y);
-    // Where both are empty: -infinity - -infinity.
-    const float before0 = top0 == -INFINITY ? 0.f : exp2_fast(m[0] - top0);
-    const float before1 = top1 == -INFINITY ? 0.f : exp2_fast(m[1] - top1);
-    const float now0 = top0 == -INFINITY ? 0.f : exp2_fast(ml.x - top0);
-    const float now1 = top1 == -INFINITY ? 0.f : exp2_fast(ml.y - top1);
-    l[0] = l[0] * before0 + ml.z * now0;
-    l[1] = l[1] * before1 + ml.w * now1;
-    m[0] = top0;
-    m[1] = top1;
-    return make_float4(before0, before1, now0, now1);
-  }
   __device__ float4 ml() const { return make_float4(m[0], m[1], l[0], l[1]); }
 };
 
-__device__ void add_weighted(float (&sum)[4], const float4& weight, const float4& o) {
-  sum[0] = sum[0] * weight.x + o.x * weight.z;
-  sum[1] = sum[1] * weight.y + o.y * weight.w;
-  sum[2] = sum[2] * weight.x + o.z * weight.z;
-  sum[3] = sum[3] * weight.y + o.w * weight.w;
+template <bool kGlobal>
+__device__ __forceinline__ float4 load(const float4* from) {
+  return kGlobal ? __ldcg(from) : *from;  // other thread blocks' results: not from L1
 }
 
-__device__ __nv_bfloat16* out_of(const Args& args, const DecodeSegment& segment, int head) {
+// Adds channel tiles [first, first + kN) of the states in `present` (bits, up to 8 kGroups) to `o`,
+// and all of their m and l to `sums`. Lane 4 i + q works out the weights of state i.
+template <bool kGlobal, int kN, int kGroups>
+__device__ __forceinline__ void merge_states(const Area* states, uint32_t present, int first,
+                                             Merge& sums, float (&o)[kN][4]) {
+  const int lane = threadIdx.x % 32, q = lane % 4;
+  constexpr bool kAllAhead = kN * kGroups <= 2;  // loads of all states in flight, else of one
+  float4 part[kAllAhead ? 8 * kGroups : 1][kN];
+  float4 ml[kGroups];
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int i = 8 * group + lane / 4;
+    ml[group] = make_float4(-INFINITY, -INFINITY, 0, 0);
+    if (present >> i & 1) ml[group] = load<kGlobal>(&states[i].ml[q]);
+  }
+  if constexpr (kAllAhead) {
+#pragma unroll
+    for (int i = 0; i < 8 * kGroups; ++i) {
+#pragma unroll
+      for (int d = 0; d < kN; ++d) {
+        part[i][d] = make_float4(0, 0, 0, 0);
+        if (present >> i & 1) part[i][d] = load<kGlobal>(&states[i].o[first + d][lane]);
+      }
+    }
+  }
+  float weight[kGroups][2], before[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = h == 0 ? ml[0].x : ml[0].y;
+#pragma unroll
+    for (int group = 1; group < kGroups; ++group) {
+      top = fmaxf(top, h == 0 ? ml[group].x : ml[group].y);
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+    }
+    top = fmaxf(top, sums.m[h]);  // finite: a segment has one row at least
+    before[h] = exp2_fast(sums.m[h] - top);
+    float l = 0;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      weight[group][h] = exp2_fast((h == 0 ? ml[group].x : ml[group].y) - top);
+      l += weight[group][h] * (h == 0 ? ml[group].z : ml[group].w);
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) l += __shfl_xor_sync(~0u, l, lanes);
+    sums.l[h] = sums.l[h] * before[h] + l;
+    sums.m[h] = top;
+  }
+  each<kN>([&](int d) {
+    o[d][0] *= before[0], o[d][1] *= before[1];
+    o[d][2] *= before[0], o[d][3] *= before[1];
+  });
+  const auto add = [&](int i, const float4(&x)[kN], float w0, float w1) {
+    const float weight0 = __shfl_sync(~0u, w0, 4 * (i % 8) + q);
+    const float weight1 = __shfl_sync(~0u, w1, 4 * (i % 8) + q);
+#pragma unroll
+    for (int d = 0; d < kN; ++d) {
+      o[d][0] = fmaf(weight0, x[d].x, o[d][0]);
+      o[d][1] = fmaf(weight1, x[d].y, o[d][1]);
+      o[d][2] = fmaf(weight0, x[d].z, o[d][2]);
+      o[d][3] = fmaf(weight1, x[d].w, o[d][3]);
+    }
+  };
+  if constexpr (kAllAhead) {
+#pragma unroll
+    for (int i = 0; i < 8 * kGroups; ++i) add(i, part[i], weight[i / 8][0], weight[i / 8][1]);
+  } else {
+    static_assert(kGroups == 1);
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) {
+      if (!(present >> i & 1)) continue;
+#pragma unroll
+      for (int d = 0; d < kN; ++d) part[0][d] = load<kGlobal>(&states[i].o[first + d][lane]);
+      add(i, part[0], weight[0][0], weight[0][1]);
+    }
+  }
+}
+
+// All parts of a cut list, in order.
+template <int kN, int kGroups>
+__device__ __forceinline__ void merge_parts(const Args& args, const DecodeSegment& segment,
+                                            int first, Merge& sums, float (&o)[kN][4]) {
+  sums = Merge{};
+  each<kN>([&](int d) { o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0; });
+  for (int p = 0; p < segment.parts; p += 8 * kGroups) {
+    const int n = min(segment.parts - p, 8 * kGroups);
+    merge_states<true, kN, kGroups>(args.partials + segment.first_partial + p, (1u << n) - 1, first,
+                                    sums, o);
+  }
+}
+
+__device__ __forceinline__ __nv_bfloat16* out_of(const Args& args, const DecodeSegment& segment,
+                                                 int head) {
   return args.out +
          (int64_t{segment.row} * args.kv_heads * args.group + segment.head * args.group + head) *
              kCodedHeadDim;
@@ -240,42 +336,34 @@ constexpr float kHadamardScale = 0.08838834764831845f;  // 1 / sqrt(128)
 
 // One warp: o / l of all channels, rotated back, to `out`. d = 16 tile + 8 r + g.
 template <typename C>
-__device__ void write_alone(const Args& args, const DecodeSegment& segment, const Merge& sums,
-                            float (&o)[kTiles][4]) {
+__device__ __forceinline__ void write_alone(const Args& args, const DecodeSegment& segment,
+                                            const Merge& sums, float (&o)[kTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const float scale = C::kUnit * (C::kCoded ? kHadamardScale : 1.f);
   const float scale0 = scale / sums.l[0], scale1 = scale / sums.l[1];
   if constexpr (C::kCoded) {
-#pragma unroll
-    for (auto& tile : o) {  // bit 3 of d
-      const float low0 = tile[0], low1 = tile[1];
-      tile[0] += tile[2], tile[1] += tile[3];
-      tile[2] = low0 - tile[2], tile[3] = low1 - tile[3];
-    }
-#pragma unroll
-    for (int half = 1; half < kTiles; half *= 2) {  // bits 4 to 6
-#pragma unroll
-      for (int d = 0; d < kTiles; ++d) {
-        if (d & half) continue;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float a = o[d][c], b = o[d + half][c];
-          o[d][c] = a + b;
-          o[d + half][c] = a - b;
-        }
-      }
-    }
-#pragma unroll
-    for (int half = 1; half < 8; half *= 2) {  // bits 0 to 2: lanes
-#pragma unroll
-      for (auto& tile : o) {
-#pragma unroll
-        for (float& x : tile) {
-          const float other = __shfl_xor_sync(~0u, x, 4 * half);
-          x = g & half ? other - x : x + other;
-        }
-      }
-    }
+    each<kTiles>([&](int d) {  // bit 3 of the channel
+      const float low0 = o[d][0], low1 = o[d][1];
+      o[d][0] += o[d][2], o[d][1] += o[d][3];
+      o[d][2] = low0 - o[d][2], o[d][3] = low1 - o[d][3];
+    });
+    each<3>([&](int bit) {  // bits 4 to 6
+      each<kTiles / 2>([&](int i) {
+        const int low = i % (1 << bit) + (i >> bit << (bit + 1)), high = low + (1 << bit);
+        each<4>([&](int c) {
+          const float a = o[low][c], b = o[high][c];
+          o[low][c] = a + b;
+          o[high][c] = a - b;
+        });
+      });
+    });
+    each<3>([&](int bit) {  // bits 0 to 2: lanes
+      each<4 * kTiles>([&](int i) {
+        float& x = o[i / 4][i % 4];
+        const float other = __shfl_xor_sync(~0u, x, 4 << bit);
+        x = g >> bit & 1 ? other - x : x + other;
+      });
+    });
   }
   // Transposed: head g, channels 2q and 2q + 1.
   auto* out = reinterpret_cast<uint32_t*>(out_of(args, segment, g)) + q;
@@ -291,34 +379,32 @@ __device__ void write_alone(const Args& args, const DecodeSegment& segment, cons
   }
 }
 
-// The arrival of one part of a cut list; whether it was the last. One thread calls, after all
-// writes of the part are visible to it.
-__device__ bool arrive(const Args& args, const DecodeSegment& segment) {
-  __threadfence();
+// The arrival of one part of a cut list; whether it was the last. One thread calls, after a barrier
+// behind all writes of the part.
+__device__ __forceinline__ bool arrive(const Args& args, const DecodeSegment& segment) {
   const auto last = static_cast<uint32_t>(segment.parts - 1);
+  uint32_t before;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
   // Wraps to 0 at the last: ready for the next launch.
-  const bool is_last = atomicInc(&args.arrivals[segment.first_partial], last) == last;
-  __threadfence();
-  return is_last;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(args.arrivals + segment.first_partial), "r"(last)
+               : "memory");
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  return before == last;
 }
 
 // One warp merges the areas in `mask`, which then are free, and writes the result.
 template <typename C>
-__device__ void merge_alone(const Args& args, Shared<C>& shared, const DecodeSegment& segment,
-                            uint32_t mask) {
-  const int lane = threadIdx.x % 32, q = lane % 4;
+__device__ __forceinline__ void merge_alone(const Args& args, Shared<C>& shared,
+                                            const DecodeSegment& segment, uint32_t mask) {
+  const int lane = threadIdx.x % 32;
   Merge sums;
   float o[kTiles][4] = {};
-  for (uint32_t left = mask; left != 0; left &= left - 1) {
-    const int warp = __ffs(left) - 1;
-    const Area& area = shared.areas[warp];
-    const float4 weight = sums.add(area.ml[q]);
-#pragma unroll
-    for (int d = 0; d < kTiles; ++d) add_weighted(o[d], weight, area.o[d][lane]);
-    __syncwarp();
-    __threadfence_block();
-    if (lane == 0) *const_cast<volatile uint32_t*>(&shared.area_busy[warp]) = 0;
-  }
+  merge_states<false, kTiles, 1>(shared.areas, mask, 0, sums, o);
+  __threadfence_block();
+  __syncwarp();
+  if (mask >> lane & 1) *const_cast<volatile uint32_t*>(&shared.area_busy[lane]) = 0;
   if (segment.parts > 1) {
     Area& mine = args.partials[segment.partial];
 #pragma unroll
@@ -330,38 +416,21 @@ __device__ void merge_alone(const Args& args, Shared<C>& shared, const DecodeSeg
     bool last = false;
     if (lane == 0) last = arrive(args, segment);
     if (!__shfl_sync(~0u, last, 0)) return;
-    __threadfence();
-    sums = Merge{};
-    const Area* parts = args.partials + segment.first_partial;
-    for (int p = 0; p < segment.parts; ++p) {
-      const float4 weight = sums.add(__ldcg(&parts[p].ml[q]));
-#pragma unroll
-      for (int d = 0; d < kTiles; ++d) {
-        if (p == 0) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0;
-        add_weighted(o[d], weight, __ldcg(&parts[p].o[d][lane]));
-      }
-    }
+    merge_parts<kTiles, 1>(args, segment, 0, sums, o);
   }
   write_alone<C>(args, segment, sums, o);
 }
 
 // The share's last segment: all warps, a channel tile or more each. Slots and areas are idle.
 template <typename C>
-__device__ void merge_together(const Args& args, Shared<C>& shared, const DecodeSegment& segment,
-                               uint32_t mask) {
+__device__ __forceinline__ void merge_together(const Args& args, Shared<C>& shared,
+                                               const DecodeSegment& segment, uint32_t mask) {
   constexpr int kTilesOfWarp = kTiles / C::kWarps;
-  const int lane = threadIdx.x % 32, q = lane % 4, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first = warp * kTilesOfWarp;
   Merge sums;
   float o[kTilesOfWarp][4] = {};
-#pragma unroll
-  for (int w = 0; w < C::kWarps; ++w) {
-    if (!(mask >> w & 1)) continue;
-    const Area& area = shared.areas[w];
-    const float4 weight = sums.add(area.ml[q]);
-#pragma unroll
-    for (int d = 0; d < kTilesOfWarp; ++d) add_weighted(o[d], weight, area.o[first + d][lane]);
-  }
+  merge_states<false, kTilesOfWarp, 1>(shared.areas, mask, first, sums, o);
   if (segment.parts > 1) {
     Area& mine = args.partials[segment.partial];
 #pragma unroll
@@ -373,31 +442,7 @@ __device__ void merge_together(const Args& args, Shared<C>& shared, const Decode
     if (threadIdx.x == 0) shared.arrived_last = arrive(args, segment);
     __syncthreads();
     if (!shared.arrived_last) return;
-    __threadfence();
-    sums = Merge{};
-    const Area* parts = args.partials + segment.first_partial;
-#pragma unroll
-    for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-    constexpr int kAhead = 16 / kTilesOfWarp;  // parts in flight
-    for (int p = 0; p < segment.parts; p += kAhead) {
-      float4 ml[kAhead], part[kAhead][kTilesOfWarp];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (p + i >= segment.parts) continue;
-        ml[i] = __ldcg(&parts[p + i].ml[q]);
-#pragma unroll
-        for (int d = 0; d < kTilesOfWarp; ++d) {
-          part[i][d] = __ldcg(&parts[p + i].o[first + d][lane]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (p + i >= segment.parts) continue;
-        const float4 weight = sums.add(ml[i]);
-#pragma unroll
-        for (int d = 0; d < kTilesOfWarp; ++d) add_weighted(o[d], weight, part[i][d]);
-      }
-    }
+    merge_parts<kTilesOfWarp, 2 / kTilesOfWarp>(args, segment, first, sums, o);
   }
   // [tile][lane] in shared memory, then a warp a head: lane i holds channels 4 i to 4 i + 3.
   auto* whole = reinterpret_cast<float4*>(shared.slots);
@@ -420,26 +465,27 @@ __device__ void merge_together(const Args& args, Shared<C>& shared, const Decode
       const float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
       x[0] = a + c, x[1] = b + d, x[2] = a - c, x[3] = b - d;
 #pragma unroll
-      for (int half = 1; half < 32; half *= 2) {
+      for (int bit = 0; bit < 5; ++bit) {
 #pragma unroll
-        for (float& v : x) {
-          const float other = __shfl_xor_sync(~0u, v, half);
-          v = lane & half ? other - v : v + other;
+        for (int i = 0; i < 4; ++i) {
+          const float other = __shfl_xor_sync(~0u, x[i], 1 << bit);
+          x[i] = lane >> bit & 1 ? other - x[i] : x[i] + other;
         }
       }
 #pragma unroll
-      for (float& v : x) v *= kHadamardScale;
+      for (int i = 0; i < 4; ++i) x[i] *= kHadamardScale;
     }
-    __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(x[0], x[1]),
-                               __floats2bfloat162_rn(x[2], x[3])};
+    alignas(8) __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(x[0], x[1]),
+                                          __floats2bfloat162_rn(x[2], x[3])};
     reinterpret_cast<uint2*>(out_of(args, segment, head))[lane] =
         *reinterpret_cast<const uint2*>(pairs);
   }
 }
 
 template <typename C>
-__device__ void attend_unit(const std::byte* page, int rows, int part, const Query& query,
-                            float score_scale, AttendState& state) {
+__device__ __forceinline__ void attend_unit(const std::byte* page, int rows, int part,
+                                            const Query& query, float score_scale,
+                                            AttendState& state) {
   if (C::kCoded && rows == 0) {
     constexpr int kN = kTiles / C::kSplit;
     attend_coded<C::kVBits, kN>(page, part * kN, query, score_scale, state);
@@ -458,18 +504,37 @@ __device__ void attend_unit(const std::byte* page, int rows, int part, const Que
 }
 
 template <typename C>
-__global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
+__global__ void __launch_bounds__(32 * C::kWarps, kBlocksPerSm)
     attention_decode_kernel(const __grid_constant__ Args args) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared<C>*>(memory);
+  if (kProgrammatic) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  }
   const DecodeShare& share = args.shares[blockIdx.x];
-  const int items = share.items, segments = share.segments;
+  const int items = share.items, segments = share.segments, units = items * C::kSplit;
   if (items == 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint64_t policy = read_once_policy();
 
-  Cursor<C> here(args, share), ahead = here;
+  // Loads in the order of need, results used later: once the pages' copies start they take all of
+  // the memory's attention.
+  RawQuery raw;
+  if (warp < units) load(args, share.first, raw);
+  constexpr int kPieces = sizeof(DecodeSegment) / sizeof(int4);
+  static_assert(C::kSegments * kPieces <= 32 * C::kWarps, "a thread stages one piece");
+  const bool stages = threadIdx.x < min(segments, C::kSegments) * kPieces;
+  int4 piece;
+  if (stages) {
+    const int i = threadIdx.x / kPieces;
+    const auto* further = reinterpret_cast<const DecodeSegment*>(args.shares + gridDim.x);
+    const DecodeSegment* from = i == 0 ? &share.first : further + share.rest + i - 1;
+    piece = __ldg(reinterpret_cast<const int4*>(from) + threadIdx.x % kPieces);
+  }
+  const Cursor<C> plan(args, share, nullptr);  // at the first segment
+  const int num_ids = min(plan.end(), C::kIds);
   if (warp == 0) {  // fills the ring, a slot a lane
     static_assert(C::kSlots <= 32);
     if (lane < C::kSlots) {
@@ -478,22 +543,44 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
           : "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       if (lane < items) {
-        Cursor<C> cursor = here;
+        Cursor<C> cursor = plan;
         cursor.seek(lane);
-        start_copy(shared, lane, cursor.source(lane), policy);
+        start_copy(shared, lane, cursor.page(cursor.load_id(lane)), cursor.at(lane).rows, policy);
       }
     }
-  } else if (warp == 1) {
-    if (lane < C::kSlots) shared.users[lane] = 0, shared.started[lane] = lane;
-    if (lane < shared.kOpen) shared.left[lane] = 0;
-    if (lane < C::kWarps) shared.area_busy[lane] = 0;
+  } else {  // ids of items that go into the ring later
+    constexpr int kThreads = 32 * (C::kWarps - 1), kRounds = (C::kIds + kThreads - 1) / kThreads;
+    const int first = C::kSlots + threadIdx.x - 32;
+    int32_t ids[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int i = first + r * kThreads;
+      if (i < num_ids) ids[r] = plan.load_id(i);
+    }
+    if (warp == 1) {
+      if (lane < C::kSlots) shared.users[lane] = 0, shared.started[lane] = lane;
+      if (lane < shared.kOpen) shared.left[lane] = 0;
+      if (lane < C::kWarps) shared.area_busy[lane] = 0;
+    }
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int i = first + r * kThreads;
+      if (i < num_ids) shared.ids[i] = ids[r];
+    }
   }
+  if (stages) reinterpret_cast<int4*>(shared.segments)[threadIdx.x] = piece;
+  __syncthreads();
+
+  Cursor<C> here(args, share, shared.segments), ahead = here;
   Query query;
-  load_query(args, here.segment(), query);
+  if (warp < units) {
+    here.seek(warp / C::kSplit);
+    if (here.index() != 0) load(args, here.segment(), raw);
+    take(raw, query);
+  }
   AttendState state;
   clear(state);
   int done = 0;  // units of the segment at hand
-  __syncthreads();
 
   // Leaves the state to the last warp that leaves the segment. Returns the warps that have left a
   // state if that is this one, else 0.
@@ -524,18 +611,20 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
     return __shfl_sync(~0u, left, 0);
   };
 
-  const int units = items * C::kSplit;
   for (int unit = warp; unit < units; unit += C::kWarps) {
-    const int item = unit / C::kSplit, slot = item % C::kSlots;
-    if (here.seek(item)) {
-      load_query(args, here.segment(), query);
-      clear(state);
-      done = 0;
+    const int item = unit / C::kSplit, slot = item % C::kSlots, refill = item + C::kSlots;
+    const int following = (unit + C::kWarps) / C::kSplit;  // the warp's next item, if any
+    const bool leaving = here.index() + 1 < segments && following >= here.end();
+    const bool crossing = leaving && unit + C::kWarps < units;
+    if (crossing) {
+      Cursor<C> next = here;
+      next.seek(following);
+      load(args, next.segment(), raw);
     }
-    Source next{};
-    if (item + C::kSlots < items) {
-      ahead.seek(item + C::kSlots);
-      next = ahead.source(item + C::kSlots);
+    int32_t id = -1;
+    if (refill < items) {
+      ahead.seek(refill);
+      id = refill < num_ids ? shared.ids[refill] : ahead.load_id(refill);
     }
     while (*const_cast<volatile int*>(&shared.started[slot]) != item) {
     }
@@ -543,13 +632,10 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
     attend_unit<C>(shared.slots[slot], here.at(item).rows, unit % C::kSplit, query,
                    args.score_scale, state);
     ++done;
-    // At a border. The last segment has none.
-    const bool leaving =
-        here.index() + 1 < segments && (unit + C::kWarps) / C::kSplit >= here.end();
     uint32_t to_merge = 0;
     if (leaving) to_merge = leave_segment();
     __syncwarp();
-    if (lane == 0 && next.page != nullptr) {
+    if (lane == 0 && refill < items) {
       bool free = true;
       if constexpr (C::kSplit > 1) {
         __threadfence_block();
@@ -557,11 +643,17 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
         __threadfence_block();
       }
       if (free) {
-        start_copy(shared, slot, next, policy);
-        *const_cast<volatile int*>(&shared.started[slot]) = item + C::kSlots;
+        start_copy(shared, slot, ahead.page(id), ahead.at(refill).rows, policy);
+        *const_cast<volatile int*>(&shared.started[slot]) = refill;
       }
     }
     if (to_merge != 0) merge_alone<C>(args, shared, here.segment(), to_merge);
+    if (crossing) {
+      here.seek(following);
+      take(raw, query);
+      clear(state);
+      done = 0;
+    }
   }
 
   // The last segment, by all warps; those that have seen nothing of it only help.
@@ -585,6 +677,8 @@ __global__ void __launch_bounds__(32 * C::kWarps, C::kBlocksPerSm)
 template <KvFormat kFormat>
 void launch(cudaStream_t stream, const Args& args, int grid) {
   using C = Config<kFormat>;
+  // 227 KB of shared memory a block; 228 KB a multiprocessor, of which each block costs 1 KB more.
+  static_assert(sizeof(Shared<C>) <= (kBlocksPerSm == 1 ? 227 * 1024 : 113 * 1024));
   constexpr auto kKernel = attention_decode_kernel<C>;
   static const bool ready = [] {
     CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -592,8 +686,18 @@ void launch(cudaStream_t stream, const Args& args, int grid) {
     return true;
   }();
   static_cast<void>(ready);
-  kKernel<<<grid, 32 * C::kWarps, sizeof(Shared<C>), stream>>>(args);
-  CUDA_CHECK(cudaGetLastError());
+  // May start while the kernel before it ends: it waits by itself before it reads anything.
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = kProgrammatic;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(32 * C::kWarps);
+  config.dynamicSmemBytes = sizeof(Shared<C>);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
 Buffer allocate_device(size_t bytes) {
@@ -609,7 +713,7 @@ size_t partial_bytes(int grid) {
 }  // namespace
 
 DecodeAttention::DecodeAttention(const StepLimits& limits, int num_multiprocessors)
-    : limits_(limits), grid_(num_multiprocessors) {
+    : limits_(limits), grid_(num_multiprocessors * kBlocksPerSm) {
   const size_t counters = sizeof(uint32_t) * static_cast<size_t>(max_decode_partials(grid_));
   scratch_ = allocate_device(partial_bytes(grid_) + counters);
   CUDA_CHECK(cudaMemset(scratch_.data() + partial_bytes(grid_), 0, counters));

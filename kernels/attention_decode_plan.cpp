@@ -8,9 +8,8 @@
 namespace kvarn::cuda {
 namespace {
 
-// A thread block that ends one list and begins another loses about as much as this many pages: it
-// merges its warps' results meanwhile. Shares that begin and end with a list are worth that much.
-constexpr int64_t kBorderItems = 4;
+// Shares that begin and end with a list save the merge of cut lists; they may be larger by this.
+constexpr int64_t allowed_excess(int64_t share) { return 4 + share / 25; }
 
 class Planner {
  public:
@@ -27,7 +26,7 @@ class Planner {
     for (const AttentionSequence& s : decodes_) total += int64_t{items(s)} * kv_heads_;
     const int64_t least = (total + grid_ - 1) / grid_;
     // Lists whole or cut into equal parts, if that makes the largest share little larger.
-    for (int64_t share = least; share <= least + kBorderItems; ++share) {
+    for (int64_t share = least; share <= least + allowed_excess(least); ++share) {
       if (blocks_for(share) <= grid_) {
         cut_lists(share);
         return bytes();

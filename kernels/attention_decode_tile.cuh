@@ -24,6 +24,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "kernels/kv_layout.h"
 
@@ -32,22 +33,22 @@ namespace kvarn::cuda {
 constexpr int kTiles = kBlockTokens / 16;   // m16 tiles of a coded page, also of its channels
 constexpr int kSteps = kCodedHeadDim / 16;  // k16 steps
 
-__device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ inline uint32_t transpose_8x8(uint32_t row) {
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t row) {
   uint32_t column;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
   return column;
 }
 
 // Not `volatile`: the compiler may move it, "memory" keeps it behind the wait for the page.
-__device__ inline uint4 ldmatrix(uint32_t address) {
+__device__ __forceinline__ uint4 ldmatrix(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -55,7 +56,7 @@ __device__ inline uint4 ldmatrix(uint32_t address) {
                : "memory");
   return v;
 }
-__device__ inline uint4 ldmatrix_trans(uint32_t address) {
+__device__ __forceinline__ uint4 ldmatrix_trans(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -64,23 +65,35 @@ __device__ inline uint4 ldmatrix_trans(uint32_t address) {
   return v;
 }
 
-__device__ inline uint32_t bits(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
-__device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
-__device__ inline uint32_t times(uint32_t x, uint32_t y) {
+__device__ __forceinline__ uint32_t bits(__half2 x) {
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+__device__ __forceinline__ __half2 as_half2(uint32_t x) {
+  return *reinterpret_cast<const __half2*>(&x);
+}
+__device__ __forceinline__ uint32_t times(uint32_t x, uint32_t y) {
   return bits(__hmul2(as_half2(x), as_half2(y)));
 }
-__device__ inline uint32_t times(uint32_t x, float y) {
+__device__ __forceinline__ uint32_t times(uint32_t x, float y) {
   return bits(__hmul2(as_half2(x), __float2half2_rn(y)));
 }
-__device__ inline float exp2_fast(float x) {
+__device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
+// f(0), ..., f(kN - 1) without a loop: where `#pragma unroll` comes too late in the compiler,
+// arrays indexed by the counter stay in local memory.
+template <int kN, typename F>
+__device__ __forceinline__ void each(F f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) { (f(kI), ...); }
+  (std::make_integer_sequence<int, kN>());
+}
+
 // kN words, 4 kN bytes aligned up to 16.
 template <int kN>
-__device__ inline void load_words(const std::byte* from, uint32_t (&to)[kN]) {
+__device__ __forceinline__ void load_words(const std::byte* from, uint32_t (&to)[kN]) {
   if constexpr (kN % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < kN; i += 4) {
@@ -109,10 +122,9 @@ struct AttendState {
   float o[kTiles][4];
 };
 
-__device__ inline void clear(AttendState& state) {
+__device__ __forceinline__ void clear(AttendState& state) {
   for (int i = 0; i < 2; ++i) state.m[i] = -INFINITY, state.l[i] = 0;
-#pragma unroll
-  for (auto& o : state.o) o[0] = o[1] = o[2] = o[3] = 0;
+  each<4 * kTiles>([&](int i) { state.o[i / 4][i % 4] = 0; });
 }
 
 // AttendState::o times this is the sum of p v: the weight of the codes at the highest bits.
@@ -121,46 +133,44 @@ constexpr float code_unit(int v_bits) { return v_bits == 2 ? 0x1p18f : 0x1p20f; 
 // From scores[token tile][c] of kN m16 tiles to p as B fragments of tokens; rescales what came
 // before. -infinity is a token that does not count; one at least must.
 template <int kN>
-__device__ inline void softmax(float (&s)[kN][4], uint32_t (&p)[kN][2], AttendState& state) {
-  float scale[2];
+__device__ __forceinline__ void softmax(float (&s)[kN][4], uint32_t (&p)[kN][2],
+                                        AttendState& state) {
+  float top0 = fmaxf(s[0][0], s[0][2]), top1 = fmaxf(s[0][1], s[0][3]);
+  each<kN - 1>([&](int i) {
+    top0 = fmaxf(top0, fmaxf(s[i + 1][0], s[i + 1][2]));
+    top1 = fmaxf(top1, fmaxf(s[i + 1][1], s[i + 1][3]));
+  });
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = fmaxf(s[0][h], s[0][h + 2]);
-#pragma unroll
-    for (int i = 1; i < kN; ++i) top = fmaxf(top, fmaxf(s[i][h], s[i][h + 2]));
-#pragma unroll
-    for (int lanes = 4; lanes < 32; lanes *= 2) {
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
-    }
-    top = fmaxf(top, state.m[h]);
-    scale[h] = exp2_fast(state.m[h] - top);
-    state.m[h] = top;
-    state.l[h] *= scale[h];
+  for (int bit = 2; bit < 5; ++bit) {
+    top0 = fmaxf(top0, __shfl_xor_sync(~0u, top0, 1 << bit));
+    top1 = fmaxf(top1, __shfl_xor_sync(~0u, top1, 1 << bit));
   }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float p0 = exp2_fast(s[i][2 * r] - state.m[0]);
-      const float p1 = exp2_fast(s[i][2 * r + 1] - state.m[1]);
-      p[i][r] = transpose_8x8(bits(__floats2half2_rn(p0, p1)));
-    }
-  }
-#pragma unroll
-  for (auto& o : state.o) {
-    o[0] *= scale[0];
-    o[1] *= scale[1];
-    o[2] *= scale[0];
-    o[3] *= scale[1];
-  }
+  top0 = fmaxf(top0, state.m[0]);
+  top1 = fmaxf(top1, state.m[1]);
+  const float scale0 = exp2_fast(state.m[0] - top0), scale1 = exp2_fast(state.m[1] - top1);
+  state.m[0] = top0;
+  state.m[1] = top1;
+  state.l[0] *= scale0;
+  state.l[1] *= scale1;
+  each<2 * kN>([&](int i) {
+    const float p0 = exp2_fast(s[i / 2][i % 2 * 2] - top0);
+    const float p1 = exp2_fast(s[i / 2][i % 2 * 2 + 1] - top1);
+    p[i / 2][i % 2] = transpose_8x8(bits(__floats2half2_rn(p0, p1)));
+  });
+  each<kTiles>([&](int d) {
+    state.o[d][0] *= scale0;
+    state.o[d][1] *= scale1;
+    state.o[d][2] *= scale0;
+    state.o[d][3] *= scale1;
+  });
 }
 
 constexpr uint32_t kOnes = 0x3c003c00;  // (1, 1)
 
 // Tokens [16 * first, 16 * (first + kN)) of a coded page. `score_scale`: of q' k', times log2(e).
 template <int kVBits, int kN>
-__device__ inline void attend_coded(const std::byte* page, int first, const Query& query,
-                                    float score_scale, AttendState& state) {
+__device__ __forceinline__ void attend_coded(const std::byte* page, int first, const Query& query,
+                                             float score_scale, AttendState& state) {
   constexpr TileLayout layout = make_tile_layout(4, kVBits);
   static_assert(kN % 2 == 0, "steps and zeros are read for two tiles");
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -182,35 +192,31 @@ __device__ inline void attend_coded(const std::byte* page, int first, const Quer
     }
     const float start0 = (even[0] + odd[0]) * 0x1p-20f, start1 = (even[1] + odd[1]) * 0x1p-20f;
     const auto* codes = reinterpret_cast<const uint4*>(page + layout.k_codes) + 64 * first + lane;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
+    each<kN>([&](int i) {
       s[i][0] = s[i][2] = start0;
       s[i][1] = s[i][3] = start1;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      each<2>([&](int half) {
         const uint4 v = codes[(2 * i + half) * 32];
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
+        each<4>([&](int w) {
           const uint32_t x = words[w], y = x >> 8;
           mma(s[i], x & 0x000f000fu, y & 0x000f000fu, x & 0x00f000f0u, y & 0x00f000f0u,
               a[4 * half + w][0], a[4 * half + w][1]);
-        }
-      }
-    }
+        });
+      });
+    });
     // [g 8][tile 8][r0 2] halves.
     uint32_t tokens[kN];
     load_words(page + layout.k_token + 32 * g + 4 * first, tokens);
     const float scale = score_scale * 0x1p23f;  // 2^20 of the codes, 8 of the query
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
+    each<kN>([&](int i) {
       const float2 t = __half22float2(as_half2(tokens[i]));
       const float t0 = t.x * scale, t1 = t.y * scale;
       s[i][0] *= t0;
       s[i][1] *= t0;
       s[i][2] *= t1;
       s[i][3] *= t1;
-    }
+    });
   }
 
   uint32_t p[kN][2];
@@ -279,8 +285,9 @@ __device__ inline void attend_coded(const std::byte* page, int first, const Quer
 // (kv_device_layout.h). Rows past the end are read as the last one: stale bytes may be NaN, and
 // 0 * NaN is not 0. `unit`: code_unit() of the format's other pages.
 template <int kN>
-__device__ inline void attend_exact(uint32_t k, uint32_t v, int first, int rows, const Query& query,
-                                    float score_scale, float unit, AttendState& state) {
+__device__ __forceinline__ void attend_exact(uint32_t k, uint32_t v, int first, int rows,
+                                             const Query& query, float score_scale, float unit,
+                                             AttendState& state) {
   const int lane = threadIdx.x % 32, g = lane / 4;
   float s[kN][4];
 #pragma unroll

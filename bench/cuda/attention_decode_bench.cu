@@ -2,10 +2,10 @@
 // pages, against a plain read of the same bytes and against SDPA of torch on contiguous fp16.
 //
 //   sdpa_peer.py > peer.txt; attention_decode_bench [--peer peer.txt] [--only substring]
-//                            [--json FILE --commit HASH]
+//                            [--limits no] [--json FILE --commit HASH]
 //
-// Pages lie in random order over a pool, several pools rotate, and what they hold is random: codes
-// of random bits under scales like those of real tiles.
+// Pages lie in random order over a pool and hold random codes under scales like those of real
+// tiles. Pools rotate as the layers of a model do: under one block table and one plan.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -82,14 +82,6 @@ class Upload {
   DeviceBytes memory_;
 };
 
-// One batch with its own pages and queries.
-struct Inputs {
-  std::unique_ptr<DeviceBytes> pages, q, out;
-  std::unique_ptr<Upload> table, plan;
-  std::vector<AttentionSequence> sequences;
-  int64_t num_pages = 0;
-};
-
 struct Case {
   KvFormat format;
   int group;
@@ -110,14 +102,21 @@ size_t bytes_read(const KvLayout& layout, const std::vector<int32_t>& lengths) {
   return bytes;
 }
 
-Inputs make_inputs(const Case& c, const KvLayout& layout, const cuda::DecodeAttention& attention,
-                   unsigned seed) {
-  Inputs in;
+// What the layers of one step share, and what the kernels before left in L2 (queries).
+struct Step {
+  std::vector<AttentionSequence> sequences;
+  std::unique_ptr<Upload> table, plan, coded;  // coded: of each page
+  std::unique_ptr<DeviceBytes> q, out;
+  int64_t num_pages = 0;
+};
+
+Step make_step(const Case& c, const KvLayout& layout, const cuda::DecodeAttention& attention) {
+  Step step;
   std::vector<BlockPages> table;
   std::vector<uint8_t> kinds;
   for (const int32_t length : c.lengths) {
-    in.sequences.push_back({static_cast<int32_t>(in.sequences.size()), 1, length - 1,
-                            static_cast<int32_t>(table.size())});
+    step.sequences.push_back({static_cast<int32_t>(step.sequences.size()), 1, length - 1,
+                              static_cast<int32_t>(table.size())});
     const size_t first = table.size();
     BlockPages none;
     none.fill(-1);
@@ -131,10 +130,10 @@ Inputs make_inputs(const Case& c, const KvLayout& layout, const cuda::DecodeAtte
       kinds.push_back(item.rows == 0);
     }
   }
-  in.num_pages = static_cast<int64_t>(kinds.size());
+  step.num_pages = static_cast<int64_t>(kinds.size());
   std::vector<int32_t> order(kinds.size());
   std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  std::shuffle(order.begin(), order.end(), std::mt19937(3));
   std::vector<uint8_t> coded(kinds.size());
   for (BlockPages& block : table) {
     for (int32_t& page : block) {
@@ -144,24 +143,29 @@ Inputs make_inputs(const Case& c, const KvLayout& layout, const cuda::DecodeAtte
       page = order[static_cast<size_t>(page)];
     }
   }
-  in.pages = std::make_unique<DeviceBytes>(
-      kinds.size() * kKvHeads * static_cast<size_t>(layout.page_bytes), seed);
-  const Upload d_coded(coded);
-  settle_pages<<<static_cast<unsigned>(kinds.size() * kKvHeads), 128>>>(
-      in.pages->data(), d_coded.as<uint8_t>(), layout.page_bytes,
-      layout.coded() ? layout.tile() : kTileK4V2);
-  const size_t n = c.lengths.size() * static_cast<size_t>(c.group * kKvHeads * kCodedHeadDim);
-  in.q = std::make_unique<DeviceBytes>(2 * n);
-  in.out = std::make_unique<DeviceBytes>(2 * n);
-  fill_uniform<<<static_cast<unsigned>((n + 255) / 256), 256>>>(
-      reinterpret_cast<__half*>(in.q->data()), n, seed);
-  CUDA_CHECK(cudaMemset(in.out->data(), 0xff, 2 * n));
-  CUDA_CHECK(cudaDeviceSynchronize());
-  in.table = std::make_unique<Upload>(table);
+  step.table = std::make_unique<Upload>(table);
+  step.coded = std::make_unique<Upload>(coded);
   std::vector<std::byte> plan(attention.max_plan_bytes());
-  plan.resize(attention.plan(in.sequences, plan.data()));
-  in.plan = std::make_unique<Upload>(plan);
-  return in;
+  plan.resize(attention.plan(step.sequences, plan.data()));
+  step.plan = std::make_unique<Upload>(plan);
+  const size_t n = c.lengths.size() * static_cast<size_t>(c.group * kKvHeads * kCodedHeadDim);
+  step.q = std::make_unique<DeviceBytes>(2 * n);
+  step.out = std::make_unique<DeviceBytes>(2 * n);
+  fill_uniform<<<static_cast<unsigned>((n + 255) / 256), 256>>>(
+      reinterpret_cast<__half*>(step.q->data()), n, 3);
+  CUDA_CHECK(cudaMemset(step.out->data(), 0xff, 2 * n));
+  CUDA_CHECK(cudaDeviceSynchronize());
+  return step;
+}
+
+std::unique_ptr<DeviceBytes> make_pages(const Step& step, const KvLayout& layout, unsigned seed) {
+  const auto count = static_cast<size_t>(step.num_pages * kKvHeads);
+  auto pages = std::make_unique<DeviceBytes>(count * static_cast<size_t>(layout.page_bytes), seed);
+  settle_pages<<<static_cast<unsigned>(count), 128>>>(pages->data(), step.coded->as<uint8_t>(),
+                                                      layout.page_bytes,
+                                                      layout.coded() ? layout.tile() : kTileK4V2);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  return pages;
 }
 
 // Microseconds of one launch; complains about outputs that are no numbers.
@@ -176,34 +180,32 @@ double time_case(const Case& c) {
   limits.head_dim = kCodedHeadDim;
   limits.layout = layout;
   cuda::DecodeAttention attention(limits, sms);
-  std::vector<Inputs> inputs;
+  const Step step = make_step(c, layout, attention);
+  std::vector<std::unique_ptr<DeviceBytes>> layers;
   const int variants = variants_for(bytes_read(layout, c.lengths));
   for (int v = 0; v < variants; ++v) {
-    inputs.push_back(make_inputs(c, layout, attention, static_cast<unsigned>(v + 1)));
+    layers.push_back(make_pages(step, layout, static_cast<unsigned>(v + 1)));
   }
   const auto launch = [&](cudaStream_t stream, int variant) {
-    const Inputs& in = inputs[static_cast<size_t>(variant)];
     const auto rows = static_cast<int64_t>(c.lengths.size());
     AttentionParams params{};
-    params.q = Tensor(in.q->data(), DType::kF16, {rows, limits.q_heads, kCodedHeadDim});
-    params.sequences = in.sequences;
-    params.block_pages = in.table->as<BlockPages>();
-    params.layer = {in.pages->data(), in.num_pages, kKvHeads, layout};
+    params.q = Tensor(step.q->data(), DType::kF16, {rows, limits.q_heads, kCodedHeadDim});
+    params.sequences = step.sequences;
+    params.block_pages = step.table->as<BlockPages>();
+    params.layer = {layers[static_cast<size_t>(variant)]->data(), step.num_pages, kKvHeads, layout};
     params.q_heads = limits.q_heads;
     params.scale = 1.f / std::sqrt(128.f);
     params.out =
-        Tensor(in.out->data(), DType::kBF16, {rows, int64_t{limits.q_heads} * kCodedHeadDim});
-    attention.run(stream, params, in.plan->as<std::byte>());
+        Tensor(step.out->data(), DType::kBF16, {rows, int64_t{limits.q_heads} * kCodedHeadDim});
+    attention.run(stream, params, step.plan->as<std::byte>());
   };
   const double us = time_us(variants, launch);
-  for (const Inputs& in : inputs) {
-    std::vector<uint16_t> out(in.out->bytes() / 2);
-    CUDA_CHECK(cudaMemcpy(out.data(), in.out->data(), in.out->bytes(), cudaMemcpyDeviceToHost));
-    for (const uint16_t x : out) {
-      if ((x & 0x7f80) == 0x7f80) {
-        std::printf("an output is not a number\n");
-        return kNone;
-      }
+  std::vector<uint16_t> out(step.out->bytes() / 2);
+  CUDA_CHECK(cudaMemcpy(out.data(), step.out->data(), step.out->bytes(), cudaMemcpyDeviceToHost));
+  for (const uint16_t x : out) {
+    if ((x & 0x7f80) == 0x7f80) {
+      std::printf("an output is not a number\n");
+      return kNone;
     }
   }
   return us;
@@ -284,13 +286,14 @@ int run(int argc, char** argv) {
     return only.empty() || name.find(only) != std::string::npos;
   };
 
+  const bool with_limits = option(argc, argv, "--limits", "yes") == "yes";
   std::map<size_t, double> limits;
   const auto limit_row = [&](const Case& c, const std::string& name, const std::string& what,
                              double must, double stretch) {
     if (!wanted(name)) return;
     const size_t bytes = bytes_read(make_kv_layout(c.format, kCodedHeadDim), c.lengths);
     const auto [limit, is_new] = limits.try_emplace(bytes);
-    if (is_new) limit->second = read_limit_us(bytes);
+    if (is_new) limit->second = with_limits ? read_limit_us(bytes) : kNone;
     const double us = timed(c, what);
     report.add({name, us, "us", "read of " + std::to_string(bytes / 1000000) + " MB", limit->second,
                 limit->second / us, must, stretch, true});

@@ -29,7 +29,7 @@ def microseconds(group, batch, length, backend):
             for one in inputs:
                 attend(*one)
         stream.synchronize()
-        launches = variants * max(1, 40 // variants)
+        launches = variants * max(1, 8 // variants)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for i in range(launches):

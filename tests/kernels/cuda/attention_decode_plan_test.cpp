@@ -148,8 +148,9 @@ TEST(DecodePlanTest, EveryPageIsReadOnceByRaggedBatches) {
         for (const int32_t length : lengths) {
           if (length > 0) total += int64_t{list_of(layout, length - 1).items} * kv_heads;
         }
-        // The planner trades at most 4 items for borders between lists.
-        EXPECT_LE(largest, (total + grid - 1) / grid + 4);
+        // The planner trades at most 4 % and 4 items for borders between lists.
+        const int64_t least = (total + grid - 1) / grid;
+        EXPECT_LE(largest, least + least / 25 + 4);
         if (HasFailure()) return;
       }
     }
