@@ -1,9 +1,9 @@
 // Linear layers of the Qwen3 models, in a graph, weights from memory: own kernels for few rows and
 // cuBLASLt, against a plain read of the same weights in the same run.
-//   kvarn_cuda_linear_bench [--model 0.6B] [--matrix qkv] [--sweep 1 [--rows 16]] [--layers 1]
-//   [--json FILE]
-// --sweep prints every plan for few rows instead: how few_rows_plan() was found. --layers times the
-// linear part of a whole layer, fused and not.
+//   kvarn_cuda_linear_bench [--models 0.6B,8B] [--what matrices|layers|all|sweep] [--matrix qkv]
+//                           [--rows 16] [--json FILE] [--commit HASH]
+// `layers` times the linear part of whole layers, fused and not; `sweep` prints every plan for few
+// rows: how few_rows_plan() was found.
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -232,9 +232,14 @@ class Layer {
       delta_;
 };
 
-void layers(const std::string& only, const DeviceBytes& quantiles, int sms, Report& report) {
+// `list` is empty for all.
+bool named(const std::string& list, const std::string& name) {
+  return list.empty() || ("," + list + ",").find("," + name + ",") != std::string::npos;
+}
+
+void layers(const std::string& models, const DeviceBytes& quantiles, int sms, Report& report) {
   for (const std::string model : {"0.6B", "1.7B", "4B", "8B", "14B", "32B"}) {
-    if (!only.empty() && model != only) continue;
+    if (!named(models, model)) continue;
     const Layer layer(matrices(), model, quantiles);
     const double limit = read_limit_us(layer.bytes());
     for (const int64_t rows : {1, 8, 16}) {
@@ -255,9 +260,9 @@ void layers(const std::string& only, const DeviceBytes& quantiles, int sms, Repo
 }
 
 int run(int argc, char** argv) {
-  const std::string model = option(argc, argv, "--model", "");
+  const std::string models = option(argc, argv, "--models", "");
+  const std::string what = option(argc, argv, "--what", "all");
   const std::string only = option(argc, argv, "--matrix", "");
-  const bool sweeps = option(argc, argv, "--sweep", "0") == "1";
   int sms = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
   const std::vector<bf16> table = normal_quantiles(0.02f);
@@ -265,14 +270,11 @@ int run(int argc, char** argv) {
   CUDA_CHECK(cudaMemcpy(quantiles.data(), table.data(), quantiles.bytes(), cudaMemcpyHostToDevice));
   cuda::CublasLt library;
   Report report(argc, argv);
-  if (option(argc, argv, "--layers", "0") == "1") {
-    layers(model, quantiles, sms, report);
-    return 0;
-  }
+  if (what == "layers" || what == "all") layers(models, quantiles, sms, report);
+  if (what == "layers") return 0;
   std::map<size_t, double> limits;
   for (const Matrix& m : matrices()) {
-    if (!model.empty() && m.model != model) continue;
-    if (!only.empty() && m.name != only) continue;
+    if (!named(models, m.model) || !named(only, m.name)) continue;
     const Case c(m, quantiles);
     const auto plan = [&](int64_t rows) {
       return cuda::few_rows_plan(rows, m.n, m.k, cuda::LinearResult::kStore, sms);
@@ -283,7 +285,7 @@ int run(int argc, char** argv) {
         return 1;
       }
     }
-    if (sweeps) {
+    if (what == "sweep") {
       const int64_t some = std::stoi(option(argc, argv, "--rows", "0"));
       for (const int64_t rows : {1, 8, 16}) {
         if (some == 0 || some == rows) sweep(c, m, library, sms, rows);
@@ -292,7 +294,7 @@ int run(int argc, char** argv) {
     }
     if (!limits.contains(m.bytes())) limits[m.bytes()] = read_limit_us(m.bytes());
     const double limit = limits[m.bytes()];
-    for (const int64_t rows : {1, 4, 8, 16, 32, 128}) {
+    for (const int64_t rows : {1, 8, 16, 32, 128}) {
       const std::string name = "linear-" + m.model + "-" + m.name + "-m" + std::to_string(rows);
       const auto add = [&](const char* who, double us) {
         report.add({.name = name + "-" + who,
@@ -305,7 +307,7 @@ int run(int argc, char** argv) {
       };
       if (rows <= cuda::kFewRows) {
         add("own", c.own_us(rows, plan(rows), false));
-        add("own-overlapped", c.own_us(rows, plan(rows), true));
+        if (rows == 1) add("own-overlapped", c.own_us(rows, plan(rows), true));
       }
       add("cublaslt", c.library_us(rows, library));
     }
