@@ -4,23 +4,24 @@
 // layer, the source or the run. Source: KVarN, arXiv 2606.03458.
 //
 // One thread block encodes the 128 x 128 values of K or of V of one tile. They stay where they are
-// (fp32 in registers, 64 a thread, and fp16 in shared memory) while their scales are sought: the
+// (fp32 in registers, 128 a thread, and fp16 in shared memory) while their scales are sought: the
 // deviations of X / column / row are those of X / row (or X / column) divided by the other scale.
 //
 // Both kinds are seen as [m][k]: k carries the rounding step (channels of K, tokens of V), m is the
 // other axis, as in the MMA fragments that the codes are stored for (kv_device_layout.h). A "row"
-// below is one k, a "column" one m, as in the twin. The thread of lane 4g + q in warp (half,
-// quarter) owns the 8 columns m = 64 half + 16 T + 8 r0 + g and the 8 rows k = 32 quarter + 16 s +
-// 8 r1 + 2q
-// + c (T 0..3; r0, s, r1, c 0..1), which are whole 32-bit words of codes.
+// below is one k, a "column" one m, as in the twin. Lane 4g + q of warp w owns the 16 columns
+// m = 16 T + 8 r0 + g and the 8 rows k = 32 w + 16 s + 8 r1 + 2q + c (T 0..7; r0, s, r1, c 0..1),
+// which are whole 32-bit words of codes. A row lies within one warp, a column in all four.
 //
-// A sweep takes the deviations of all rows (or columns): each warp the mean of its 64 (32) values
-// by MMA, exactly enough because X is fp16 and the scales are split in two fp16 numbers, then the
-// sum of squares about that mean in fp32 (2 FMA a value); parts of several warps are merged as
-// Chan, Golub and LeVeque do ("Updating Formulae and a Pairwise Algorithm", 1979). So it is a
-// two-pass variance at every step, without waiting between the passes.
-//
+// A sweep takes the deviations of all rows (or columns): each warp the means by MMA, exactly enough
+// because X is fp16 and the scales are split in two fp16 numbers, then the sums of squares about
+// them in fp32 (2 FMA a value). The four parts of a column are merged as Chan, Golub and LeVeque do
+// ("Updating Formulae and a Pairwise Algorithm", 1979). So it is a two-pass variance at every step.
 // Scales are kept as base-2 logarithms, which makes an update two special-function instructions.
+// Which pass was best is found at the end, from what all passes left behind.
+//
+// Four warps with many registers rather than eight with few: what is not an FMA of the sweeps is
+// done once a warp, and three tiles share a multiprocessor, each computing while others wait.
 //
 // Longer than other files: the sweeps share one division of the tile among threads.
 #include <cuda_fp16.h>
@@ -35,7 +36,7 @@ namespace {
 
 constexpr int kN = 128;  // tokens of a tile = head_dim
 static_assert(kN == kBlockTokens && kN == kCodedHeadDim);
-constexpr int kThreads = 256;    // 8 warps: 2 halves of m by 4 quarters of k
+constexpr int kThreads = 128;    // 4 warps: quarters of k
 constexpr int kMaxLayers = 128;  // page pointers in the kernel's arguments
 
 constexpr int kPasses = 8;
@@ -46,10 +47,13 @@ constexpr float kLogMinStd = -26.5754248f;  // log2 of 1e-8: guard of a division
 constexpr float kMinStep = 1e-10f;
 constexpr float kGain = 1.0f - 1e-4f;  // a pass must be better by this to be kept
 // Reciprocal scales, at most e^0.3, are multiplied by this before they are split in fp16 numbers,
-// so that the smallest (e^-10) still keeps 20 bits.
+// so that the smallest (e^-10) still keeps 20 bits. As fp32 numbers they are larger by the values
+// that a mean is of, 128 of a row or 32 of a part of a column: then the sum by MMA is the mean.
 constexpr float kSplitScale = 1024.0f;
+constexpr float kColumnScale = 128 * kSplitScale, kRowScale = 32 * kSplitScale;
+constexpr float kLogColumnScale = 17.0f, kLogRowScale = 15.0f;  // their log2
 
-// What a warp leaves of one row or column: of its values, the mean and the sum of squares about it.
+// What a warp leaves of one column: of its 32 values, the mean and the sum of squares about it.
 struct Moments {
   float mean, squares;
 };
@@ -58,36 +62,46 @@ struct Spread {
   int low, high;
 };
 
+// The scales of the rows of one warp, where its threads find them together.
+struct RowScales {
+  float inv[4][8];               // [q][4s + 2r1 + c]
+  __half split[4][2][4][2];      // [q][low part][2s + r1][c]
+  float low[4][8], steps[4][8];  // zero and 1/step, in the order of inv
+};
+
 struct __align__(16) Shared {
-  uint4 tile[kN * 16];  // fp16 tokens; 16-byte piece p of token t at p ^ (t & 7)
-  // Reciprocal scales, where the threads that use them find them together.
-  float column_inv[2][8][8];           // [half][g][2T + r0]
-  float row_inv[4][4][8];              // [quarter][q][4s + 2r1 + c]
-  __half column_split[2][4][4][4][2];  // [half][T][q][2r0 + low part][c]: m = 16T + 8r0 + 2q + c
-  __half row_split[4][4][2][4][2];     // [quarter][q][low part][2s + r1][c]
-  Moments column_parts[4][kN];         // [quarter][column entry]
-  Moments row_parts[2][kN];            // [half][row entry]
-  float2 row_range[2][kN];             // [half][row entry]: least and largest of X * column_inv
-  Spread column_spread[4];             // of the four warps that keep the columns
-  Spread row_spread[2][4];             // the same for the rows, of even and odd passes
-  float row_low[4][4][8], row_steps[4][4][8];  // zero and 1/step, in the order of row_inv
+  uint4 tile[kN * 16];              // fp16 tokens; 16-byte piece p of token t at p ^ (t & 7)
+  float column_inv[8][20];          // [g][2T + r0], rows of 16 spread over the banks
+  __half column_split[8][4][4][2];  // [T][q][2r0 + low part][c]: m = 16T + 8r0 + 2q + c
+  RowScales rows[4];                // of each warp
+  Moments column_parts[4][kN];      // [warp][kept column]
+  // What each pass leaves behind: state 0 is the start, state n follows n passes. Logarithms of the
+  // scales that each thread keeps, and spreads of those of each warp.
+  float column_log[kPasses + 1][kN], row_log[kPasses + 1][kN];
+  Spread column_spread[kPasses + 1][4], row_spread[kPasses + 1][4];
 };
+static_assert(3 * sizeof(Shared) < size_t{224} * 1024, "three tiles share a multiprocessor");
 
-// The place of a thread in the tile.
+// The place of a thread in the tile. Besides the 128 values that it owns, a thread keeps the scales
+// of one column and of one row.
 struct Place {
-  int lane, g, q, half, quarter;
+  int warp, lane, g, q;
   __device__ explicit Place(int thread)
-      : lane(thread % 32), g(lane / 4), q(lane % 4), half(thread / 32 % 2), quarter(thread / 64) {}
+      : warp(thread / 32), lane(thread % 32), g(lane / 4), q(lane % 4) {}
+  __device__ int kept_row() const {
+    return 32 * warp + 16 * (g / 4) + 8 * (g / 2 % 2) + 2 * q + g % 2;
+  }
+  // Column parts are numbered 32 (T / 2) + lane as sweep_columns() leaves them; a thread keeps the
+  // one of its own number.
+  __device__ int kept_t() const { return 2 * warp + q / 2; }
+  __device__ int kept_r0() const { return q % 2; }
+  __device__ int kept_column() const { return 16 * kept_t() + 8 * kept_r0() + g; }
 };
-
-// Entries: 128 threads keep one column each, 128 one row each. Entry e of the columns is written by
-// lane e % 32 of the warps of half e / 64, entry e of the rows by those of quarter e / 32.
-__device__ __forceinline__ int column_of(int e) {
-  return 64 * (e / 64) + 16 * (e % 4) + 8 * (e / 32 % 2) + e % 32 / 4;
-}
-__device__ __forceinline__ int row_of(int e) {
-  const int g = e % 32 / 4;
-  return 32 * (e / 32) + 16 * (g / 4) + 8 * (g / 2 % 2) + 2 * (e % 4) + g % 2;
+// The same, made anew: what is computed from it is not kept in registers from sweep to sweep, where
+// the values need them all.
+__device__ __forceinline__ Place place_anew(int& thread) {
+  asm volatile("" : "+r"(thread));
+  return Place(thread);
 }
 
 __device__ __forceinline__ float log2_of(float x) {
@@ -125,13 +139,19 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&r)[4]
   }
 }
 
-// d += a b, fp32 += fp16 x fp16, 16 x 8 x 16 (PTX ISA, "Matrix fragments for mma.m16n8k16").
-__device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+// a b + c, fp32 <- fp16 x fp16, 16 x 8 x 16 (PTX ISA, "Matrix fragments for mma.m16n8k16").
+struct Fragment {
+  float v[4];
+};
+__device__ __forceinline__ Fragment multiply_add(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                 uint32_t b0, uint32_t b1, const Fragment& c) {
+  Fragment d;
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d.v[0]), "=f"(d.v[1]), "=f"(d.v[2]), "=f"(d.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c.v[0]), "f"(c.v[1]), "f"(c.v[2]),
+        "f"(c.v[3]));
+  return d;
 }
 
 // The tile in shared memory through the eyes of one thread. Memory has a row for each token; the
@@ -141,11 +161,13 @@ class TileView {
  public:
   __device__ TileView(const Shared& s, const Place& at) {
     const int matrix = at.lane / 8, i = at.lane % 8;
-    const int m_block = 8 * at.half + matrix % 2, k_block = 4 * at.quarter + matrix / 2;
+    const int m_block = matrix % 2, k_block = 4 * at.warp + matrix / 2;
     const int token = 8 * (kKeys ? m_block : k_block) + i;
     const int piece = (kKeys ? k_block : m_block) ^ i;
     base_ = static_cast<uint32_t>(__cvta_generic_to_shared(s.tile + token * 16 + piece));
   }
+  // Keeps one address in registers from sweep to sweep, not one for each block.
+  __device__ void forget_addresses() { asm volatile("" : "+r"(base_)); }
   // Of the m16 x k16 block (T, s): pairs along k of (r0, r1) = (0,0), (1,0), (0,1), (1,1) at m = g:
   // an A fragment of [m][k].
   __device__ void pairs_along_k(int t, int s, uint32_t (&r)[4]) const {
@@ -159,17 +181,18 @@ class TileView {
  private:
   // 16 tokens further, or two pieces further within the XORed row.
   __device__ uint32_t address(int t, int s) const {
-    return kKeys ? (base_ + t * 4096) ^ (s * 32) : (base_ ^ (t * 32)) + s * 4096;
+    return kKeys ? (base_ ^ (s * 32)) + t * 4096 : (base_ ^ (t * 32)) + s * 4096;
   }
   uint32_t base_;
 };
 
-// Combines 8 values over the lanes that differ in `kLevels` bits, `bit` and those below it. Each
-// level halves the values a lane keeps: those whose index has the bit that the lane has.
-template <int kLevels, class Combine>
-__device__ __forceinline__ void scatter(float (&value)[8], int lane, int bit, Combine combine) {
+// Combines `kValues` values over the lanes that differ in `kLevels` bits, `bit` and those below it.
+// Each level halves the values a lane keeps: those whose index has the bit that the lane has.
+template <int kValues, int kLevels, class Combine>
+__device__ __forceinline__ void scatter(float (&value)[kValues], int lane, int bit,
+                                        Combine combine) {
 #pragma unroll
-  for (int level = 0, count = 4; level < kLevels; ++level, count /= 2, bit /= 2) {
+  for (int level = 0, count = kValues / 2; level < kLevels; ++level, count /= 2, bit /= 2) {
     const bool upper = (lane & bit) != 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -180,10 +203,10 @@ __device__ __forceinline__ void scatter(float (&value)[8], int lane, int bit, Co
   }
 }
 // Keeps the same values as scatter(), of some that are equal in all these lanes.
-template <int kLevels>
-__device__ __forceinline__ void select(float (&value)[8], int lane, int bit) {
+template <int kValues, int kLevels>
+__device__ __forceinline__ void select(float (&value)[kValues], int lane, int bit) {
 #pragma unroll
-  for (int level = 0, count = 4; level < kLevels; ++level, count /= 2, bit /= 2) {
+  for (int level = 0, count = kValues / 2; level < kLevels; ++level, count /= 2, bit /= 2) {
 #pragma unroll
     for (int i = 0; i < count; ++i) value[i] = (lane & bit) != 0 ? value[i + count] : value[i];
   }
@@ -206,102 +229,141 @@ __device__ __forceinline__ void load8(const float* p, float (&x)[8]) {
 }
 
 // x[2T + r0][4s + 2r1 + c]
-using Values = float[8][8];
+using Values = float[16][8];
 
-// Moments of the rows of X * column_inv: those of a warp's 64 columns.
+// A sweep takes some rows (columns) at a time, as registers are few. Blocks of the tile are loaded
+// ahead of the MMAs that use them, the first ones before the scales are known.
+
+// Blocks (T, s) on their way to the MMAs.
+template <int kBlocks>
+struct Ahead {
+  uint32_t block[kBlocks][4];
+};
+
+// Means of the rows 4 i + 2 r1 + c (r1, c 0, 1) of X / column: c 0, 1 of the high part, then of the
+// low part; the same in every g.
+struct RowSums {
+  Fragment r1[2];
+};
 template <bool kKeys>
-__device__ __forceinline__ void sweep_rows(Shared& s, const TileView<kKeys>& tile, const Values& x,
-                                           const Place& at) {
-  float sums[4][4] = {};  // [2s + r1][2 (low part) + c], the same in every g
+__device__ __forceinline__ void load_ahead(const TileView<kKeys>& tile, Ahead<2>& ahead) {
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    const uint4 a = *reinterpret_cast<const uint4*>(s.column_split[at.half][t][at.q]);
+  for (int t = 0; t < 2; ++t) tile.pairs_along_m(t, 0, ahead.block[t]);
+}
+template <bool kKeys>
+__device__ __forceinline__ RowSums row_sums(const Shared& s, const TileView<kKeys>& tile, int i,
+                                            int q, Ahead<2>& ahead) {
+  RowSums sums{};
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t b[4];
-      tile.pairs_along_m(t, pair, b);
-      multiply_add(sums[2 * pair], a.x, a.y, a.z, a.w, b[0], b[1]);
-      multiply_add(sums[2 * pair + 1], a.x, a.y, a.z, a.w, b[2], b[3]);
+  for (int t = 0; t < 8; ++t) {
+    const uint4 a = *reinterpret_cast<const uint4*>(s.column_split[t][q]);
+    uint32_t(&b)[4] = ahead.block[t % 2];
+    sums.r1[0] = multiply_add(a.x, a.y, a.z, a.w, b[0], b[1], sums.r1[0]);
+    sums.r1[1] = multiply_add(a.x, a.y, a.z, a.w, b[2], b[3], sums.r1[1]);
+    const int next = 8 * i + t + 2;
+    if (next < 16) tile.pairs_along_m(next % 8, next / 8, b);
+  }
+  return sums;
+}
+__device__ __forceinline__ void row_squares(const Shared& s, const Values& x, int i, int g,
+                                            const RowSums& sums, float* mean, float* squares) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) mean[k] = sums.r1[k / 2].v[k % 2] + sums.r1[k / 2].v[2 + k % 2];
+#pragma unroll
+  for (int t = 0; t < 8; t += 2) {
+    const float4 scale = *reinterpret_cast<const float4*>(s.column_inv[g] + 2 * t);
+    const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float d = fmaf(x[2 * t + m][4 * i + k], scales[m], -mean[k]);
+        squares[k] = t + m == 0 ? d * d : fmaf(d, d, squares[k]);
+      }
     }
   }
-  float mean[8], squares[8], scale[8];
-  load8(s.column_inv[at.half][at.g], scale);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    mean[k] = (sums[k / 2][k % 2] + sums[k / 2][2 + k % 2]) * (1.0f / (64 * kSplitScale));
-    squares[k] = 0.f;
-  }
-#pragma unroll
-  for (int m = 0; m < 8; ++m) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const float d = fmaf(x[m][k], scale[m], -mean[k]);
-      squares[k] = fmaf(d, d, squares[k]);
-    }
-  }
-  scatter<3>(squares, at.lane, 16, Add{});
-  select<3>(mean, at.lane, 16);
-  s.row_parts[at.half][32 * at.quarter + at.lane] = {mean[0], squares[0]};
+}
+// Mean of the row of X / column that the thread keeps, and the sum of squares about it.
+template <bool kKeys>
+__device__ __forceinline__ Moments sweep_rows(const Shared& s, TileView<kKeys>& tile,
+                                              const Values& x, const Place& at, Ahead<2>& ahead) {
+  tile.forget_addresses();
+  float mean[8], squares[8];
+  const RowSums first = row_sums(s, tile, 0, at.q, ahead);
+  const RowSums second = row_sums(s, tile, 1, at.q, ahead);
+  row_squares(s, x, 0, at.g, first, mean, squares);
+  row_squares(s, x, 1, at.g, second, mean + 4, squares + 4);
+  scatter<8, 3>(squares, at.lane, 16, Add{});
+  select<8, 3>(mean, at.lane, 16);
+  return {mean[0], squares[0]};
 }
 
-// Moments of the columns of X * row_inv: those of a warp's 32 rows.
+// Means of the columns of T = 2 i, 2 i + 1 of X / row: m = g: high, low part; m = g + 8: the same.
+struct ColumnSums {
+  Fragment t[2];
+};
 template <bool kKeys>
-__device__ __forceinline__ void sweep_columns(Shared& s, const TileView<kKeys>& tile,
-                                              const Values& x, const Place& at) {
+__device__ __forceinline__ void load_ahead(const TileView<kKeys>& tile, int i, Ahead<4>& ahead) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) tile.pairs_along_k(2 * i + n / 2, n % 2, ahead.block[n]);
+}
+__device__ __forceinline__ ColumnSums column_sums(const Ahead<4>& ahead, const uint4& b) {
+  ColumnSums sums{};
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const uint32_t(&first)[4] = ahead.block[2 * t];
+    const uint32_t(&second)[4] = ahead.block[2 * t + 1];
+    sums.t[t] = multiply_add(first[0], first[1], first[2], first[3], b.x, b.y, sums.t[t]);
+    sums.t[t] = multiply_add(second[0], second[1], second[2], second[3], b.z, b.w, sums.t[t]);
+  }
+  return sums;
+}
+// Moments of the columns of X / row: those of a warp's 32 rows.
+template <bool kKeys>
+__device__ __forceinline__ void sweep_columns(Shared& s, TileView<kKeys>& tile, const Values& x,
+                                              const Place& at, Ahead<4>& ahead) {
+  tile.forget_addresses();
+  const RowScales& rows = s.rows[at.warp];
   // Even columns of the B fragment take the high part, odd ones the low part.
-  const uint4 b = *reinterpret_cast<const uint4*>(s.row_split[at.quarter][at.q][at.g % 2]);
-  float mean[8], squares[8], scale[8];
+  const uint4 b = *reinterpret_cast<const uint4*>(rows.split[at.q][at.g % 2]);
+  float scale[8];
+  load8(rows.inv[at.q], scale);
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    float sums[4] = {};  // m = g: high, low; m = g + 8: high, low
-    uint32_t a[4];
-    tile.pairs_along_k(t, 0, a);
-    multiply_add(sums, a[0], a[1], a[2], a[3], b.x, b.y);
-    tile.pairs_along_k(t, 1, a);
-    multiply_add(sums, a[0], a[1], a[2], a[3], b.z, b.w);
-    mean[2 * t] = (sums[0] + sums[1]) * (1.0f / (32 * kSplitScale));
-    mean[2 * t + 1] = (sums[2] + sums[3]) * (1.0f / (32 * kSplitScale));
-  }
-  load8(s.row_inv[at.quarter][at.q], scale);
+  for (int i = 0; i < 4; ++i) {
+    float mean[4], squares[4];
+    const ColumnSums sums = column_sums(ahead, b);
+    if (i < 3) load_ahead(tile, i + 1, ahead);
 #pragma unroll
-  for (int m = 0; m < 8; ++m) {
-    squares[m] = 0.f;
+    for (int m = 0; m < 4; ++m)
+      mean[m] = sums.t[m / 2].v[2 * (m % 2)] + sums.t[m / 2].v[2 * (m % 2) + 1];
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const float d = fmaf(x[m][k], scale[k], -mean[m]);
-      squares[m] = fmaf(d, d, squares[m]);
-    }
-  }
-  scatter<2>(squares, at.lane, 2, Add{});
-  select<2>(mean, at.lane, 2);
 #pragma unroll
-  for (int r0 = 0; r0 < 2; ++r0) {
-    s.column_parts[at.quarter][64 * at.half + 32 * r0 + at.lane] = {mean[r0], squares[r0]};
+      for (int m = 0; m < 4; ++m) {
+        const float d = fmaf(x[4 * i + m][k], scale[k], -mean[m]);
+        squares[m] = k == 0 ? d * d : fmaf(d, d, squares[m]);
+      }
+    }
+    scatter<4, 2>(squares, at.lane, 2, Add{});
+    select<4, 2>(mean, at.lane, 2);
+    s.column_parts[at.warp][32 * i + at.lane] = {mean[0], squares[0]};
   }
 }
 
-// Base-2 logarithm of the sample deviation of all 128 values.
-__device__ __forceinline__ float log_deviation_of_column(const Shared& s, int e) {
-  float mean = 0.f, squares = 0.f, between = 0.f;
+// Base-2 logarithm of the sample deviation of X / row in the column that the thread keeps.
+__device__ __forceinline__ float column_deviation(const Shared& s, int thread) {
   Moments part[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    part[i] = s.column_parts[i][e];
-    mean += part[i].mean;
-    squares += part[i].squares;
-  }
-  mean *= 0.25f;
+  for (int i = 0; i < 4; ++i) part[i] = s.column_parts[i][thread];
+  const float mean = 0.25f * ((part[0].mean + part[1].mean) + (part[2].mean + part[3].mean));
+  float between = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float d = part[i].mean - mean;
-    between = fmaf(d, d, between);
+    const float off = part[i].mean - mean;
+    between = fmaf(off, off, between);
   }
-  return 0.5f * log2_of((squares + 32.0f * between) * (1.0f / (kN - 1)));
-}
-__device__ __forceinline__ float log_deviation_of_row(const Shared& s, int e) {
-  const Moments a = s.row_parts[0][e], b = s.row_parts[1][e];
-  const float d = a.mean - b.mean;
-  return 0.5f * log2_of((a.squares + b.squares + 32.0f * (d * d)) * (1.0f / (kN - 1)));
+  const float within = (part[0].squares + part[1].squares) + (part[2].squares + part[3].squares);
+  return fmaf(0.5f, log2_of(fmaf(32.0f, between, within) * (1.0f / (kN - 1))), -kLogRowScale);
 }
 
 // Adds the logarithm of the present deviation to that of the scale.
@@ -313,27 +375,26 @@ __device__ __forceinline__ float updated(float log_scale, float log_deviation) {
 struct Split {
   __half high, low;
 };
-__device__ __forceinline__ Split split(float inv) {
-  const float scaled = inv * kSplitScale;
+__device__ __forceinline__ Split split(float scaled) {
   const __half high = __float2half_rn(scaled);
   return {high, __float2half_rn(scaled - __half2float(high))};
 }
-__device__ __forceinline__ void store_column_inv(Shared& s, int e, float inv) {
-  const int half = e / 64, t = e % 4, r0 = e / 32 % 2, g = e % 32 / 4;
-  const Split parts = split(inv);
-  s.column_inv[half][g][2 * t + r0] = inv;
-  s.column_split[half][t][g / 2][2 * r0][g % 2] = parts.high;
-  s.column_split[half][t][g / 2][2 * r0 + 1][g % 2] = parts.low;
+// Gives all warps, or its own, the reciprocal scale that the thread keeps.
+__device__ __forceinline__ void store_column_scale(Shared& s, const Place& at, float inv) {
+  const Split parts = split(inv * kSplitScale);
+  s.column_inv[at.g][2 * at.kept_t() + at.kept_r0()] = inv * kColumnScale;
+  __half(&to)[4][2] = s.column_split[at.kept_t()][at.g / 2];
+  to[2 * at.kept_r0()][at.g % 2] = parts.high;
+  to[2 * at.kept_r0() + 1][at.g % 2] = parts.low;
 }
-__device__ __forceinline__ void store_row_inv(Shared& s, int e, float inv) {
-  const int quarter = e / 32, q = e % 4, g = e % 32 / 4;  // g = 4s + 2r1 + c
-  const Split parts = split(inv);
-  s.row_inv[quarter][q][g] = inv;
-  s.row_split[quarter][q][0][g / 2][g % 2] = parts.high;
-  s.row_split[quarter][q][1][g / 2][g % 2] = parts.low;
+__device__ __forceinline__ void store_row_scale(Shared& s, const Place& at, float inv) {
+  RowScales& rows = s.rows[at.warp];
+  const Split parts = split(inv * kSplitScale);
+  rows.inv[at.q][at.g] = inv * kRowScale;  // g = 4s + 2r1 + c
+  rows.split[at.q][0][at.g / 2][at.g % 2] = parts.high;
+  rows.split[at.q][1][at.g / 2][at.g % 2] = parts.low;
 }
 
-// Of 32 entries of a warp.
 __device__ __forceinline__ void store_spread(Spread& to, float log_deviation, int lane) {
   const int x = ordered(log_deviation);
   const int low = __reduce_min_sync(~0u, x), high = __reduce_max_sync(~0u, x);
@@ -354,58 +415,73 @@ __device__ __forceinline__ __half saturated_half(float x) {
   return __float2half_rn(fminf(fmaxf(x, -65504.f), 65504.f));
 }
 
-// Chooses the scales. Threads 0..127 keep one column each, the others one row each: returns the
-// logarithm of the scale of the thread's own entry.
+// Logarithms of the scales that a thread keeps.
+struct Logs {
+  float column, row;
+};
+
+// Runs the passes; returns the number of the last state to be judged.
 template <bool kKeys>
-__device__ __forceinline__ float normalise(Shared& s, const TileView<kKeys>& tile, const Values& x,
-                                           const Place& at) {
-  const bool keeps_column = threadIdx.x < kN;
-  const int e = threadIdx.x % kN, warp = e / 32;
-  float best = 0.f, best_log = 0.f, log_scale = 0.f, previous = 0.f;
-  sweep_rows(s, tile, x, at);
-  sweep_columns(s, tile, x, at);
-  __syncthreads();
-  if (!keeps_column) store_spread(s.row_spread[1][warp], log_deviation_of_row(s, e), at.lane);
-  // A pass is judged when its columns are known, which is in the middle of the next one.
-  for (int pass = 0;; ++pass) {
-    if (keeps_column) {
-      const float log_deviation = log_deviation_of_column(s, e);
-      store_spread(s.column_spread[warp], log_deviation - log_scale, at.lane);
-      previous = log_scale;
-      if (pass < kPasses) {
-        log_scale = updated(log_scale, log_deviation);
-        store_column_inv(s, e, exp2_of(-log_scale));
-      }
+__device__ __forceinline__ int run_passes(Shared& s, TileView<kKeys>& tile, const Values& x,
+                                          int& thread) {
+  Logs logs{};
+  bool changed = true;
+  Ahead<2> rows_ahead;
+  load_ahead(tile, rows_ahead);
+  for (int state = 0;; ++state) {
+    Ahead<4> columns_ahead;
+    // The rows' half of a pass; the start only looks at their deviations.
+    {
+      const Place at = place_anew(thread);
+      const Moments row = sweep_rows(s, tile, x, at, rows_ahead);
+      load_ahead(tile, 0, columns_ahead);
+      const float deviation =
+          fmaf(0.5f, log2_of(row.squares * (1.0f / (kN - 1))), -kLogColumnScale);
+      const float row_log = state == 0 ? 0.f : updated(logs.row, deviation);
+      changed = changed || row_log != logs.row;
+      logs.row = row_log;
+      s.row_log[state][thread] = row_log;
+      store_spread(s.row_spread[state][at.warp], deviation - row_log, at.lane);
+      store_row_scale(s, at, exp2_of(-row_log));
     }
-    __syncthreads();
-    if (pass < kPasses) {
-      sweep_rows(s, tile, x, at);
-      __syncthreads();
-    }
-    const float now = spread_of(s.column_spread) + spread_of(s.row_spread[(pass + 1) % 2]);
-    if (pass == 0) {
-      best = now;
-    } else if (now < best * kGain) {
-      best = now;
-      best_log = keeps_column ? previous : log_scale;
-    }
-    if (pass == kPasses) break;
-    bool changed = log_scale != previous;
-    if (!keeps_column) {
-      const float log_deviation = log_deviation_of_row(s, e);
-      previous = log_scale;
-      log_scale = updated(log_scale, log_deviation);
-      changed = log_scale != previous;
-      store_spread(s.row_spread[pass % 2][warp], log_deviation - log_scale, at.lane);
-      store_row_inv(s, e, exp2_of(-log_scale));
-    }
-    // Where no scale has changed this pass and all later ones repeat the last, which has been
-    // judged: the result is that of all passes. Common where every scale is at its floor.
-    if (__syncthreads_or(changed) == 0) break;
-    sweep_columns(s, tile, x, at);
+    __syncwarp();
+    sweep_columns(s, tile, x, place_anew(thread), columns_ahead);
+    // Where no scale has changed, this state and all later ones repeat the last: the result is that
+    // of all passes. Common where every scale is at its floor.
+    if (__syncthreads_or(static_cast<int>(changed)) == 0) return state - 1;
+    // The columns' half of the next pass.
+    const Place at = place_anew(thread);
+    const float deviation = column_deviation(s, thread);
+    s.column_log[state][thread] = logs.column;
+    store_spread(s.column_spread[state][at.warp], deviation - logs.column, at.lane);
+    if (state == kPasses) return kPasses;
+    const float column_log = updated(logs.column, deviation);
+    changed = column_log != logs.column;
+    logs.column = column_log;
+    store_column_scale(s, at, exp2_of(-column_log));
+    load_ahead(tile, rows_ahead);
     __syncthreads();
   }
-  return best_log;
+}
+
+// The scales of the best state.
+template <bool kKeys>
+__device__ __forceinline__ Logs normalise(Shared& s, TileView<kKeys>& tile, const Values& x,
+                                          int& thread) {
+  const int last = run_passes(s, tile, x, thread);
+  __syncthreads();
+  const int own = min(thread % 32, last);  // lane n judges state n
+  const float imbalance = spread_of(s.column_spread[own]) + spread_of(s.row_spread[own]);
+  float best = __shfl_sync(~0u, imbalance, 0);
+  int chosen = 0;
+  for (int state = 1; state <= last; ++state) {
+    const float now = __shfl_sync(~0u, imbalance, state);
+    if (now < best * kGain) {
+      best = now;
+      chosen = state;
+    }
+  }
+  return {s.column_log[chosen][thread], s.row_log[chosen][thread]};
 }
 
 // The fields of a record that one block writes, in the tile's [m][k] view.
@@ -416,106 +492,105 @@ struct Record {
   __half* column;  // along m
 };
 
-// Codes of 4 bits: the two words (s = 0, 1) of one T are neighbours.
-__device__ __forceinline__ void store_codes_4(std::byte* codes, const Place& at, int t,
-                                              const uint32_t (&code)[2][8]) {
-  uint2 words = {0, 0};
-#pragma unroll
-  for (int r0 = 0; r0 < 2; ++r0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // 2 r1 + c
-      const int shift = 16 * (i % 2) + 8 * r0 + 4 * (i / 2);
-      words.x |= code[r0][i] << shift;
-      words.y |= code[r0][4 + i] << shift;
-    }
-  }
-  const int piece = ((4 * at.half + t) * 2 + at.quarter / 2) * 32 + at.lane;
-  *reinterpret_cast<uint2*>(codes + 16 * piece + 8 * (at.quarter % 2)) = words;
+// Adding kMagic to a small number rounds it to an integer (ties to even), the code, which then is
+// what the bits of the sum exceed those of kMagic by. Words are added up from whole sums; the
+// shifted bits of kMagic are constants that come off.
+constexpr float kMagic = 12582912.f;  // 1.5 * 2^23, whose unit in the last place is 1
+constexpr uint32_t kMagicBits = 0x4b400000u;
+
+// Words of two bits or four, by position in code[r0][4 s + 2 r1 + c].
+template <int kBits>
+__host__ __device__ constexpr int code_shift(int r0, int i) {
+  return kBits == 4 ? 16 * (i % 2) + 8 * r0 + 4 * (i / 2 % 2)
+                    : 16 * (i % 2) + 8 * r0 + 4 * (i / 4) + 2 * (i / 2 % 2);
 }
-// Codes of 2 bits: both s share a word.
-__device__ __forceinline__ void store_codes_2(std::byte* codes, const Place& at, int t,
-                                              const uint32_t (&code)[2][8]) {
+// The word of the codes [begin, end) of both r0.
+template <int kBits>
+__device__ __forceinline__ uint32_t code_word(const uint32_t (&code)[2][8], int begin, int end) {
   uint32_t word = 0;
 #pragma unroll
   for (int r0 = 0; r0 < 2; ++r0) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // 4 s + 2 r1 + c
-      word |= code[r0][i] << (16 * (i % 2) + 8 * r0 + 4 * (i / 4) + 2 * (i / 2 % 2));
-    }
+    for (int i = begin; i < end; ++i)
+      word += (code[r0][i] << code_shift<kBits>(r0, i)) - (kMagicBits << code_shift<kBits>(r0, i));
   }
-  const int piece = (4 * at.half + t) * 32 + at.lane;
-  *reinterpret_cast<uint32_t*>(codes + 16 * piece + 4 * at.quarter) = word;
+  return word;
+}
+// Codes of one T: of 4 bits two neighbouring words (s = 0, 1), of 2 bits one word.
+template <int kBits>
+__device__ __forceinline__ void store_codes(std::byte* codes, const Place& at, int t,
+                                            const uint32_t (&code)[2][8]) {
+  if constexpr (kBits == 4) {
+    const int piece = (2 * t + at.warp / 2) * 32 + at.lane;
+    *reinterpret_cast<uint2*>(codes + 16 * piece + 8 * (at.warp % 2)) =
+        make_uint2(code_word<4>(code, 0, 4), code_word<4>(code, 4, 8));
+  } else {
+    const int piece = 32 * t + at.lane;
+    *reinterpret_cast<uint32_t*>(codes + 16 * piece + 4 * at.warp) = code_word<2>(code, 0, 8);
+  }
 }
 
-// Rounds with the scales whose logarithms the threads keep, and writes the record.
+// Rounds with the scales given by their logarithms, and writes the record.
 template <int kBits>
 __device__ __forceinline__ void round_and_store(Shared& s, Values& x, const Place& at,
-                                                float best_log, const Record& record) {
+                                                const Logs& logs, const Record& record) {
   constexpr float kTop = (1 << kBits) - 1;
-  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: its low bits are a small integer added to it
-  const bool keeps_column = threadIdx.x < kN;
-  const int e = threadIdx.x % kN;
-  const float best = exp2_of(best_log), best_inv = exp2_of(-best_log);
-  if (keeps_column) {
-    const int half = e / 64, t = e % 4, r0 = e / 32 % 2, g = e % 32 / 4;
-    s.column_inv[half][g][2 * t + r0] = best_inv;
-    record.column[device_row_scale(column_of(e))] = saturated_half(best);
-  }
+  RowScales& rows = s.rows[at.warp];
+  s.column_inv[at.g][2 * at.kept_t() + at.kept_r0()] = exp2_of(-logs.column);
+  record.column[device_row_scale(at.kept_column())] = saturated_half(exp2_of(logs.column));
   __syncthreads();
   float scale[8], low[8], high[8];
-  load8(s.column_inv[at.half][at.g], scale);
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {
+  for (int t = 0; t < 8; t += 2) {
+    const float4 loaded = *reinterpret_cast<const float4*>(s.column_inv[at.g] + 2 * t);
+    const float scales[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
 #pragma unroll
-    for (int m = 0; m < 8; ++m) {
-      x[m][k] *= scale[m];
-      low[k] = m == 0 ? x[m][k] : fminf(low[k], x[m][k]);
-      high[k] = m == 0 ? x[m][k] : fmaxf(high[k], x[m][k]);
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        float& y = x[2 * t + i][k];
+        y *= scales[i];
+        low[k] = t + i == 0 ? y : fminf(low[k], y);
+        high[k] = t + i == 0 ? y : fmaxf(high[k], y);
+      }
     }
   }
-  scatter<3>(low, at.lane, 16, [](float a, float b) { return fminf(a, b); });
-  scatter<3>(high, at.lane, 16, [](float a, float b) { return fmaxf(a, b); });
-  s.row_range[at.half][32 * at.quarter + at.lane] = {low[0], high[0]};
-  __syncthreads();
-  if (!keeps_column) {
+  scatter<8, 3>(low, at.lane, 16, [](float a, float b) { return fminf(a, b); });
+  scatter<8, 3>(high, at.lane, 16, [](float a, float b) { return fmaxf(a, b); });
+  {
     // Scaling by a positive factor keeps the order, rounding included.
-    const float2 a = s.row_range[0][e], b = s.row_range[1][e];
-    const float lo = fminf(a.x, b.x) * best_inv, hi = fmaxf(a.y, b.y) * best_inv;
+    const float row = exp2_of(logs.row), inv = exp2_of(-logs.row);
+    const float lo = low[0] * inv, hi = high[0] * inv;
     const float width = (hi - lo) / kTop;
     const float step = width > kMinStep ? width : kMinStep;
-    const int quarter = e / 32, q = e % 4, g = e % 32 / 4;
-    s.row_inv[quarter][q][g] = best_inv;
-    s.row_low[quarter][q][g] = lo;
-    s.row_steps[quarter][q][g] = 1.0f / step;
-    const int to = device_depth_scale(row_of(e));
-    record.step[to] = saturated_half(best * step);
-    record.zero[to] = saturated_half(best * lo);
+    rows.inv[at.q][at.g] = inv;
+    rows.low[at.q][at.g] = lo;
+    rows.steps[at.q][at.g] = 1.0f / step;
+    const int to = device_depth_scale(at.kept_row());
+    record.step[to] = saturated_half(row * step);
+    record.zero[to] = saturated_half(row * lo);
   }
-  __syncthreads();
+  __syncwarp();
   float steps[8];
-  load8(s.row_inv[at.quarter][at.q], scale);
-  load8(s.row_low[at.quarter][at.q], low);
-  load8(s.row_steps[at.quarter][at.q], steps);
+  load8(rows.inv[at.q], scale);
+  load8(rows.low[at.q], low);
+  load8(rows.steps[at.q], steps);
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
+  for (int t = 0; t < 8; ++t) {
     uint32_t code[2][8];
 #pragma unroll
     for (int r0 = 0; r0 < 2; ++r0) {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        // Not fused: the least value of a row must give exactly 0.
+        // Not fused: the least value of a row must give exactly 0, and where few values occur, as
+        // in fp16 channels with a large offset, ties between codes are common and must round as in
+        // the twin. The largest is at most kTop and a few roundings. Ties to even.
         const float y = __fmul_rn(x[2 * t + r0][k], scale[k]);
         const float scaled = __fmul_rn(__fsub_rn(y, low[k]), steps[k]);
-        // Ties to even; NaN becomes code 0.
-        const float sum = __fadd_rn(fminf(fmaxf(scaled, 0.f), kTop), kMagic);
-        code[r0][k] = __float_as_uint(sum) & ((1u << kBits) - 1);
+        code[r0][k] = __float_as_uint(__fadd_rn(scaled, kMagic));
       }
     }
-    if constexpr (kBits == 4) {
-      store_codes_4(record.codes, at, t, code);
-    } else {
-      store_codes_2(record.codes, at, t, code);
-    }
+    store_codes<kBits>(record.codes, at, t, code);
   }
 }
 
@@ -533,7 +608,7 @@ __device__ __forceinline__ void encode_tile(const EncodeArgs& args, std::byte* p
                                             int head, Shared& s) {
   constexpr KvLayout kLayout = make_kv_layout(kFormat, kN);
   constexpr TileLayout kTile = kFormat == KvFormat::kKvarnK4V4 ? kTileK4V4 : kTileK4V2;
-  const Place at(static_cast<int>(threadIdx.x));
+  auto thread = static_cast<int>(threadIdx.x);
   const EncodeTile& tile = args.tiles[tile_idx];
   const int first_row = tile.first_row;
   const auto page = [&](int id) {
@@ -560,17 +635,13 @@ __device__ __forceinline__ void encode_tile(const EncodeArgs& args, std::byte* p
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
-  if (threadIdx.x < kN) {
-    store_column_inv(s, threadIdx.x, 1.0f);
-  } else {
-    store_row_inv(s, threadIdx.x - kN, 1.0f);
-  }
+  store_column_scale(s, Place(static_cast<int>(threadIdx.x)), 1.0f);
   __syncthreads();
 
-  const TileView<kKeys> view(s, at);
+  TileView<kKeys> view(s, Place(thread));
   Values x;
 #pragma unroll
-  for (int t = 0; t < 4; ++t) {
+  for (int t = 0; t < 8; ++t) {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       uint32_t r[4];  // r0 + 2 r1
@@ -583,26 +654,28 @@ __device__ __forceinline__ void encode_tile(const EncodeArgs& args, std::byte* p
       }
     }
   }
-  const float best_log = normalise(s, view, x, at);
+  const Logs logs = normalise(s, view, x, thread);
+  const Place at(thread);
 
   std::byte* to = page(tile.target_page);
   const auto field = [&](int offset) { return reinterpret_cast<__half*>(to + offset); };
   if constexpr (kKeys) {
     round_and_store<kTile.k_bits>(
-        s, x, at, best_log,
+        s, x, at, logs,
         {to + kTile.k_codes, field(kTile.k_step), field(kTile.k_zero), field(kTile.k_token)});
   } else {
     round_and_store<kTile.v_bits>(
-        s, x, at, best_log,
+        s, x, at, logs,
         {to + kTile.v_codes, field(kTile.v_step), field(kTile.v_zero), field(kTile.v_channel)});
   }
 }
 
 // Grid: (layer, tile, head), heads innermost; y = 0 the keys, y = 1 the values.
 template <KvFormat kFormat>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     kv_encode_kernel(const __grid_constant__ EncodeArgs args) {
-  __shared__ Shared s;
+  extern __shared__ uint4 shared_memory[];
+  Shared& s = *reinterpret_cast<Shared*>(shared_memory);
   const auto item = static_cast<int>(blockIdx.x);
   const int head = item % args.kv_heads;
   const int tile = item / args.kv_heads % args.num_tiles;
@@ -646,11 +719,13 @@ void kv_encode(cudaStream_t stream, const KvEncodeParams& params) {
   CHECK(items <= INT32_MAX, "kv_encode: tiles of one launch");
   args.num_tiles = static_cast<int>(params.tiles.size());
   const dim3 grid(static_cast<unsigned>(items), 2);
-  if (layout.format == KvFormat::kKvarnK4V2) {
-    kv_encode_kernel<KvFormat::kKvarnK4V2><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    kv_encode_kernel<KvFormat::kKvarnK4V4><<<grid, kThreads, 0, stream>>>(args);
-  }
+  const auto kernel = layout.format == KvFormat::kKvarnK4V2
+                          ? kv_encode_kernel<KvFormat::kKvarnK4V2>
+                          : kv_encode_kernel<KvFormat::kKvarnK4V4>;
+  // More than the 48 KiB that a kernel may have unasked.
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  kernel<<<grid, kThreads, sizeof(Shared), stream>>>(args);
   CUDA_CHECK(cudaGetLastError());
 }
 
