@@ -33,7 +33,6 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kStep = 128;          // logits a warp takes at once: four a lane
-constexpr int kLoads = 5;           // 16-byte loads of a thread in flight: 80 KB an SM
 constexpr int kBuckets = 512;       // of a histogram
 constexpr int kCountWindow = 1024;  // distinct output tokens counted in one walk of the list
 constexpr int kNucleusGuess = 64;   // tokens a nucleus is looked for in, before the whole row
@@ -51,18 +50,16 @@ constexpr int slice_of(int vocab, int ctas) {
   const int share = (vocab + ctas - 1) / ctas;
   return (share + kStep - 1) / kStep * kStep;
 }
-constexpr int max_candidates(int threads) { return 2 * threads; }
+constexpr int kMaxCandidates = 512;  // each is compared with each
 // The work area holds one of: candidates; a histogram and its sums; the marks of the penalties (two
 // bits a token, marks before each word) and a window of counts.
-constexpr int work_bytes(int slice, int threads) {
+constexpr int work_bytes(int slice) {
   const int histogram = static_cast<int>(sizeof(Histogram) + sizeof(HistogramSums));
   const int marks = slice / 32 * 12 + kCountWindow * 4;
-  return std::max({histogram, marks, max_candidates(threads) * 8}) / 16 * 16 + 16;
+  return std::max({histogram, marks, kMaxCandidates * 8}) / 16 * 16 + 16;
 }
-// A block that sorts candidates keeps a second copy of them where its slice was.
-constexpr int slice_bytes(int slice, int threads) {
-  return std::max(slice * 4, max_candidates(threads) * 8);
-}
+// A block that orders candidates keeps two numbers of each where its slice was.
+constexpr int slice_bytes(int slice) { return std::max(slice * 4, kMaxCandidates * 16); }
 
 // Tokens that are drawn from: logit above `logit`, or equal to it and id up to `token`. A rank
 // between those of tokens may stand for any 32-bit id.
@@ -85,13 +82,18 @@ class RowSampler {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kSlots = kCtas * kWarps;  // of an exchange: one a warp of the cluster
   static constexpr int kLaneSlots = kSlots / 32;
-  static constexpr int kMaxCandidates = max_candidates(kThreads);
-  using Block = BlockTeam<kWarps>;
 
+  struct alignas(16) Slot {
+    uint64_t value, weight;
+  };
   struct Shared {
-    uint64_t slots[2][kSlots];
+    Slot slots[2][kSlots];
     uint64_t partials[kWarps];
-    uint64_t found[4];  // what one thread found out for its team
+    CopyBarrier copies[kWarps];  // of each warp's part of the slice
+    uint64_t found[3];           // what one thread found out for its block
+    uint64_t uniform;            // of the draw, 53 bits from the top
+    uint32_t bounds[2];          // of the two calls of bound_of()
+    int distinct;                // output tokens in the slice
     DeviceSamplingRow row;
   };
 
@@ -102,7 +104,6 @@ class RowSampler {
         result_(launch.results[row]),
         shared_(shared),
         row_(shared.row),
-        block_{shared.partials},
         cta_(static_cast<int>(cluster_.block_rank())),
         lane_(static_cast<int>(threadIdx.x % 32)),
         warp_(static_cast<int>(threadIdx.x / 32)),
@@ -111,35 +112,62 @@ class RowSampler {
         first_step_(warp_ * (slice_size_ / kStep) / kWarps),
         last_step_((warp_ + 1) * (slice_size_ / kStep) / kWarps),
         slice_(reinterpret_cast<float*>(dynamic)),
-        work_(reinterpret_cast<uint64_t*>(dynamic + slice_bytes(slice_size_, kThreads))) {}
+        work_(reinterpret_cast<uint64_t*>(dynamic + slice_bytes(slice_size_))) {}
+
+  // Starts what does not depend on the row's parameters.
+  __device__ void start() {
+    cluster_.barrier_arrive();  // every block has started before one writes into another
+    load();
+  }
+  // Instead of run(): the row only fills the batch up.
+  __device__ void abandon() {
+    shared_.copies[warp_].wait();
+    cluster_.barrier_wait();
+  }
 
   __device__ void run() {
-    cluster_.barrier_arrive();  // every block has started before one writes into another
     constexpr int kRowWords = sizeof(DeviceSamplingRow) / sizeof(uint32_t);
     static_assert(kRowWords <= kThreads);
-    if (threadIdx.x < kRowWords) {  // read by all after the first exchange
+    if (threadIdx.x < kRowWords) {
       reinterpret_cast<uint32_t*>(&shared_.row)[threadIdx.x] =
           reinterpret_cast<const uint32_t*>(&source_)[threadIdx.x];
     }
-    uint64_t best = launch_.vocab % 4 == 0 ? load<true>() : load<false>();
+    if (threadIdx.x < 2) shared_.bounds[threadIdx.x] = 0;
+    __syncthreads();
+    if (warp_ == kWarps - 1) make_uniform();
+    const bool wants_logprobs = row_.num_logprobs >= 0;
+    // The lists are walked while the logits come, but not where logprobs need the work area first.
+    if (has_marks() && !wants_logprobs) mark_lists();
+    shared_.copies[warp_].wait();
     cluster_.barrier_wait();
-    best = exchange_max(best);
-    if (row_.num_logprobs >= 0) {
+
+    uint64_t best = 0;
+    bool has_weights = false;  // in weights_, for the draw
+    // The raw row for logprobs, then the row that rules have changed: one of them if it does.
+#pragma unroll 1
+    for (int pass = wants_logprobs ? 0 : 1; pass < 2; ++pass) {
+      float inverse_temperature = 1.f;
+      if (pass == 1) {
+        if (wants_logprobs && !has_rules()) break;
+        if (has_rules()) {
+          if (has_marks() && wants_logprobs) mark_lists();
+          __syncthreads();
+          apply_rules();
+          __syncthreads();
+        }
+        // The draw's weights come along where they depend on nothing but their warp's maximum.
+        has_weights = row_.greedy == 0 && row_.top_k == 0 && row_.min_p_offset == -INFINITY;
+        inverse_temperature = row_.inverse_temperature;
+      }
+      best = exchange_best(pass == 0 || has_weights, inverse_temperature);
       if (!is_finite(best)) return fail();
-      report_logprobs(key_logit(rank_key(best)));
+      if (pass == 0) report_logprobs(key_logit(rank_key(best)));
     }
-    if (has_rules()) {
-      __syncthreads();
-      apply_rules();
-      __syncthreads();
-      best = exchange_max(scan());
-    }
-    if (!is_finite(best)) return fail();
     if (row_.greedy != 0) {
       if (cta_ == 0 && threadIdx.x == 0) choose(rank_token(best));
       return;
     }
-    draw(best);
+    draw(best, has_weights);
   }
 
  private:
@@ -148,6 +176,7 @@ class RowSampler {
   // Calls fn(first id of four, the four logits) for the steps of this warp.
   template <typename Fn>
   __device__ void for_each(Fn fn) const {
+#pragma unroll 2
     for (int step = first_step_; step < last_step_; ++step) {
       const int at = step * kStep + lane_ * 4;
       fn(base_ + at, *reinterpret_cast<const float4*>(slice_ + at));
@@ -173,48 +202,29 @@ class RowSampler {
   };
   __device__ uint64_t rank_of_best(const Best& best) const {
     if (best.nan) return kNaNRank;
+    if (best.logit == -INFINITY) return rank_of(kMinusInfKey, best.token);
     const float4 x = *reinterpret_cast<const float4*>(slice_ + (best.token - base_));
     const int place = x.x == best.logit ? 0 : x.y == best.logit ? 1 : x.z == best.logit ? 2 : 3;
     return rank_of(order_key(best.logit), best.token + place);
   }
 
-  // Fills the slice, -inf beyond the vocabulary. Returns the rank of this lane's first token.
-  template <bool kAligned>
-  __device__ uint64_t load() {
+  // Fills the slice, -inf beyond the vocabulary. Each warp copies its own part, to be waited for.
+  __device__ void load() {
+    const bool aligned = launch_.vocab % 4 == 0;
     const float* source = raw_ + base_;
     const int count = min(slice_size_, launch_.vocab - base_);  // may be negative
-    Best best{-INFINITY, base_ + lane_ * 4};
-    for (int step = first_step_; step < last_step_; step += kLoads) {
-      float4 x[kLoads];
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int at = (step + i) * kStep + lane_ * 4;
-        x[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-        if (step + i >= last_step_) continue;
-        if constexpr (kAligned) {
-          if (at < count) x[i] = __ldcs(reinterpret_cast<const float4*>(source + at));
-        } else {
-          if (at < count) x[i].x = source[at];
-          if (at + 1 < count) x[i].y = source[at + 1];
-          if (at + 2 < count) x[i].z = source[at + 2];
-          if (at + 3 < count) x[i].w = source[at + 3];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (step + i >= last_step_) continue;
-        const int at = (step + i) * kStep + lane_ * 4;
-        *reinterpret_cast<float4*>(slice_ + at) = x[i];
-        best.take(base_ + at, x[i]);
-      }
+    const int begin = first_step_ * kStep, end = last_step_ * kStep;
+    const int copied = aligned ? max(min(end, count), begin) : begin;
+    if (lane_ == 0) {
+      shared_.copies[warp_].start(slice_ + begin, source + begin,
+                                  static_cast<uint32_t>(copied - begin) * sizeof(float));
     }
-    return rank_of_best(best);
-  }
-
-  __device__ uint64_t scan() const {
-    Best best{-INFINITY, base_ + lane_ * 4};
-    for_each([&](int32_t first, const float4& x) { best.take(first, x); });
-    return rank_of_best(best);
+    __syncwarp();
+#pragma unroll 1
+    for (int at = copied + lane_; at < end; at += 32) {
+      slice_[at] = at < count ? source[at] : -INFINITY;
+    }
+    __syncwarp();
   }
 
   static __device__ bool is_finite(uint64_t best) {
@@ -223,85 +233,123 @@ class RowSampler {
 
   // --- exchange between the warps of the cluster -----------------------------------------------
 
-  // Gives `value` (of lane 0) of every warp of the cluster to all of them, in order of ids. What is
-  // read stands until this thread enters the next exchange. A barrier of the cluster.
-  __device__ void exchange(uint64_t value) {
+  // Gives `value` and `weight` (of lane 0) of every warp of the cluster to all of them, in order of
+  // ids; returns those of this lane. They stand until this thread enters the next exchange. A
+  // barrier of the cluster.
+  __device__ const Slot* exchange(uint64_t value, uint64_t weight = 0) {
     phase_ ^= 1;
     value = __shfl_sync(kFullWarp, value, 0);
-    uint64_t* slot = &shared_.slots[phase_][cta_ * kWarps + warp_];
-    if (lane_ < kCtas) *cluster_.map_shared_rank(slot, lane_) = value;
-    cluster_.sync();
-    for (int i = 0; i < kLaneSlots; ++i) values_[i] = shared_.slots[phase_][lane_ * kLaneSlots + i];
+    weight = __shfl_sync(kFullWarp, weight, 0);
+    Slot* slot = &shared_.slots[phase_][cta_ * kWarps + warp_];
+    if (lane_ < kCtas) store_shared(slot, lane_, value, weight);
+    sync_cluster();
+    return &shared_.slots[phase_][lane_ * kLaneSlots];
   }
-  __device__ uint64_t exchange_max(uint64_t lane_value) {
-    exchange(warp_max(lane_value));
-    uint64_t best = 0;
-    for (int i = 0; i < kLaneSlots; ++i) {
-      best_keys_[i] = rank_key(values_[i]);
-      best = max(best, values_[i]);
+
+  // The rank of the row's first token, or kNaNRank. Keeps the warps' maxima, and with_weights the
+  // warps' weights: each adds them up below its own maximum, so one exchange does for both.
+  __device__ uint64_t exchange_best(bool with_weights, float inverse_temperature) {
+    Best best{-INFINITY, base_ + lane_ * 4};
+    for_each([&](int32_t first, const float4& x) { best.take(first, x); });
+    const uint64_t own = warp_max(rank_of_best(best));
+    auto scale = WeightScale::of(key_logit(rank_key(own)), inverse_temperature);
+    uint64_t weight = 0;
+    if (with_weights && is_finite(own)) {
+      weight = warp_sum_of_small(fixed_point(lane_weight(scale, {-INFINITY, UINT32_MAX})));
     }
-    return warp_max(best);
+    const Slot* slots = exchange(own, weight);
+    uint64_t all = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneSlots; ++i) {
+      best_keys_[i] = rank_key(slots[i].value);
+      all = max(all, slots[i].value);
+    }
+    all = warp_max(all);
+    if (with_weights) {
+      scale.max = key_logit(rank_key(all));
+#pragma unroll
+      for (int i = 0; i < kLaneSlots; ++i) {
+        const float below = static_cast<float>(slots[i].weight) * 0x1p-40f;
+        weights_[i] = below > 0.f ? fixed_point(below * scale.weight(key_logit(best_keys_[i]))) : 0;
+      }
+    }
+    return all;
   }
-  // Sums are fp32 within a lane (forty terms), whose tokens never change, and integers from there.
-  __device__ uint64_t exchange_sum(float lane_value) {
-    exchange(warp_sum(fixed_point(lane_value)));
+  // Keeps the warps' weights.
+  __device__ void exchange_weights(float lane_value) {
+    const Slot* slots = exchange(warp_sum_of_small(fixed_point(lane_value)));
+    for (int i = 0; i < kLaneSlots; ++i) weights_[i] = slots[i].value;
+  }
+  __device__ uint64_t sum_of_weights() const {
     uint64_t sum = 0;
-    for (int i = 0; i < kLaneSlots; ++i) sum += values_[i];
+    for (int i = 0; i < kLaneSlots; ++i) sum += weights_[i];
     return warp_sum(sum);
   }
 
   // --- logprobs --------------------------------------------------------------------------------
 
-  // The weight of this lane's tokens that `cut` keeps. kTies: cut.token matters.
-  template <bool kTies>
-  __device__ float lane_weight(WeightScale scale, float temperature, Cut cut) const {
-    const float least = fmaxf(cut.logit, scale.max - kLastWeight * temperature);
+  // The weight of this lane's tokens that `cut` keeps. In fp32: a lane has some forty tokens, and
+  // always the same.
+  __device__ float lane_weight(WeightScale scale, Cut cut) const {
+    const float least = fmaxf(cut.logit, scale.least());
     float sum = 0.f;
     for_each([&](int32_t first, const float4& x) {
       if (!(max_of(x) >= least)) return;
       const float logits[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool kept = kTies ? cut.keeps(logits[i], first + i) : logits[i] >= cut.logit;
-        sum += kept ? scale.weight(logits[i]) : 0.f;
+        sum += cut.keeps(logits[i], first + i) ? scale.weight(logits[i]) : 0.f;
       }
     });
     return sum;
   }
 
+  // weights_ hold the raw row's.
   __device__ void report_logprobs(float max_logit) {
-    const auto scale = WeightScale::of(max_logit, 1.f);
-    const uint64_t total = exchange_sum(lane_weight<false>(scale, 1.f, {-INFINITY, UINT32_MAX}));
-    normalizer_ = max_logit + logf(static_cast<float>(total) * 0x1p-40f);
+    normalizer_ = max_logit + logf(static_cast<float>(sum_of_weights()) * 0x1p-40f);
     const int wanted = min(row_.num_logprobs, launch_.vocab);
     if (wanted == 0) {
       if (cta_ == 0 && threadIdx.x == 0) result_.num_top = 0;
       return;
     }
-    uint32_t found = gather({bound_of(wanted), UINT32_MAX});
-    if (found > kMaxCandidates) {  // ties beyond number: find the exact cut
-      const Selection top =
-          select(scale, rank_at_least(-INFINITY), rank_of(order_key(max_logit), 0), {wanted});
-      found = gather(cut_at(top.rank));
-    }
+    const int found = gather({bound_of(wanted, 0), UINT32_MAX});
+    if (found > kMaxCandidates) return report_ties(wanted);
     if (cta_ != 0) return;
-    if (found <= 2 * WarpTeam::kSize) {
-      if (warp_ == 0) report_candidates(WarpTeam{}, static_cast<int>(found), wanted);
-    } else {
-      report_candidates(block_, static_cast<int>(found), wanted);
-    }
+    if (threadIdx.x == 0) result_.num_top = min(wanted, found);
+    order_candidates<false>({}, found, [&](int i, int place, uint64_t) {
+      if (place >= wanted) return;
+      result_.top_tokens[place] = rank_token(work_[i]);
+      result_.top_logprobs[place] = key_logit(rank_key(work_[i])) - normalizer_;
+    });
     __syncthreads();  // the work area is free again
   }
 
-  template <typename Team>
-  __device__ void report_candidates(const Team& team, int found, int wanted) {
-    sort_candidates(team, found);
-    const int num_top = min(wanted, found);
-    if (threadIdx.x == 0) result_.num_top = num_top;
-    for (int i = static_cast<int>(threadIdx.x); i < num_top; i += Team::kSize) {
-      result_.top_tokens[i] = rank_token(work_[i]);
-      result_.top_logprobs[i] = key_logit(rank_key(work_[i])) - normalizer_;
+  // More tokens tie than can be gathered: one after another, an exchange each.
+  __device__ void report_ties(int wanted) {
+    uint64_t last = ~uint64_t{0};
+    int found = 0;
+#pragma unroll 1
+    for (; found < wanted; ++found) {
+      uint64_t next = 0;
+#pragma unroll 1
+      for (int step = first_step_; step < last_step_; ++step) {
+        for (int i = 0; i < 4; ++i) {
+          const int at = step * kStep + lane_ * 4 + i;
+          const uint64_t rank = rank_of(order_key(slice_[at]), base_ + at);
+          if (rank < last && rank > next) next = rank;
+        }
+      }
+      const Slot* slots = exchange(warp_max(next));
+      next = 0;
+      for (int i = 0; i < kLaneSlots; ++i) next = max(next, slots[i].value);
+      last = warp_max(next);
+      if (rank_key(last) < kLowestKey) break;  // the rest is -inf
+      if (cta_ == 0 && threadIdx.x == 0) {
+        result_.top_tokens[found] = rank_token(last);
+        result_.top_logprobs[found] = key_logit(rank_key(last)) - normalizer_;
+      }
     }
+    if (cta_ == 0 && threadIdx.x == 0) result_.num_top = found;
   }
 
   // --- candidates ------------------------------------------------------------------------------
@@ -314,49 +362,52 @@ class RowSampler {
   }
 
   // A bound from below of the logit of the count-th token. Each warp has the maximum of its own
-  // tokens: `count` maxima reach the bound. Never below the lowest finite number.
-  __device__ float bound_of(int count) const {
+  // tokens: `count` maxima reach the bound. Never below the lowest finite number. Each call has a
+  // place in shared_.bounds. A barrier of the block.
+  __device__ float bound_of(int count, int call) {
     uint32_t bound = 0;
-    constexpr int kLowestBit = 12;  // the rest of the mantissa would exclude next to nothing
-    for (int bit = 31; bit >= kLowestBit; --bit) {
-      const uint32_t raised = bound | 1u << bit;
+#pragma unroll
+    for (int i = 0; i < kSlots / kWarps; ++i) {  // each warp tries some of the maxima
+      const uint32_t key = __shfl_sync(kFullWarp, best_keys_[i % kLaneSlots],
+                                       warp_ * (kSlots / kWarps / kLaneSlots) + i / kLaneSlots);
       int reaching = 0;
-      for (int i = 0; i < kLaneSlots; ++i) {
-        reaching += __popc(__ballot_sync(kFullWarp, best_keys_[i] >= raised));
+      for (int j = 0; j < kLaneSlots; ++j) {
+        reaching += __popc(__ballot_sync(kFullWarp, best_keys_[j] >= key));
       }
-      if (reaching >= count) bound = raised;
+      if (reaching >= count) bound = max(bound, key);
     }
-    return key_logit(max(bound, kLowestKey));
+    if (lane_ == 0) atomicMax(&shared_.bounds[call], bound);
+    __syncthreads();
+    return key_logit(max(shared_.bounds[call], kLowestKey));
   }
 
   // Writes the ranks of the tokens that `cut` keeps, in order of ids, into the work area of block
   // 0, unless they are more than kMaxCandidates. Returns their number.
-  __device__ uint32_t gather(Cut cut) {
+  __device__ int gather(Cut cut) {
     static_assert(slice_of(kMaxSamplingVocab, kCtas) / kStep / kWarps < 32);  // bits of `hits`
     uint32_t hits = 0, count = 0;
-    for (int step = first_step_; step < last_step_; ++step) {
-      const int at = step * kStep + lane_ * 4;
-      const float4 x = *reinterpret_cast<const float4*>(slice_ + at);
-      if (!(max_of(x) >= cut.logit)) continue;
-      const int kept = cut.keeps(x.x, base_ + at) + cut.keeps(x.y, base_ + at + 1) +
-                       cut.keeps(x.z, base_ + at + 2) + cut.keeps(x.w, base_ + at + 3);
+    for_each([&](int32_t first, const float4& x) {
+      if (!(max_of(x) >= cut.logit)) return;
+      const int kept = cut.keeps(x.x, first) + cut.keeps(x.y, first + 1) +
+                       cut.keeps(x.z, first + 2) + cut.keeps(x.w, first + 3);
       count += static_cast<uint32_t>(kept);
-      if (kept > 0) hits |= 1u << (step - first_step_);
-    }
+      if (kept > 0) hits |= 1u << ((first - base_) / kStep - first_step_);
+    });
     hits = __reduce_or_sync(kFullWarp, hits);
-    exchange(__reduce_add_sync(kFullWarp, count));
+    const Slot* slots = exchange(__reduce_add_sync(kFullWarp, count));
     const int own = cta_ * kWarps + warp_;
     uint32_t total = 0, place = 0;
     for (int i = 0; i < kLaneSlots; ++i) {
-      const auto value = static_cast<uint32_t>(values_[i]);
+      const auto value = static_cast<uint32_t>(slots[i].value);
       total += value;
       if (lane_ * kLaneSlots + i < own) place += value;
     }
     total = __reduce_add_sync(kFullWarp, total);
-    if (total > kMaxCandidates) return total;
+    if (total > kMaxCandidates) return static_cast<int>(total);
 
     place = __reduce_add_sync(kFullWarp, place);
     uint64_t* target = cluster_.map_shared_rank(work_, 0);
+#pragma unroll 1
     for (; hits != 0; hits &= hits - 1) {
       const int at = (first_step_ + __ffs(static_cast<int>(hits)) - 1) * kStep + lane_ * 4;
       uint32_t own_place = place;
@@ -373,17 +424,45 @@ class RowSampler {
         if (kept[i]) target[own_place++] = rank_of(order_key(slice_[at + i]), base_ + at + i);
       }
     }
-    cluster_.sync();
-    return total;
+    sync_cluster();
+    return static_cast<int>(total);
   }
 
-  // Block 0 alone: work_[0, found) in descending order, zeros up to a power of two of at least 2.
-  template <typename Team>
-  __device__ void sort_candidates(const Team& team, int found) {
-    const int size = found <= 2 ? 2 : 1 << (32 - __clz(found - 1));
-    for (int i = static_cast<int>(threadIdx.x) + found; i < size; i += Team::kSize) work_[i] = 0;
-    team.sync();
-    sort_descending(team, work_, size);
+  // Block 0 alone. Calls fn(i, place in the order of rank, weight of all before it) for each of the
+  // candidates work_[0, found), with kWeights; without, the weight is not known. Eight lanes
+  // compare one candidate with all of them, one of these calls. The slice is overwritten.
+  template <bool kWeights, typename Fn>
+  __device__ void order_candidates(WeightScale scale, int found, Fn fn) {
+    constexpr int kLanes = 8;
+    auto* weights = reinterpret_cast<uint64_t*>(slice_);
+    if (kWeights) {
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < found; i += kThreads) {
+        weights[i] = candidate_weight(scale, work_[i]);
+      }
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int start = 0; start < found; start += kThreads / kLanes) {
+      const int i = start + static_cast<int>(threadIdx.x) / kLanes;
+      const uint64_t own = i < found ? work_[i] : ~uint64_t{0};
+      int place = 0;
+      uint64_t before = 0;
+#pragma unroll 1
+      for (int j = lane_ % kLanes; j < found; j += kLanes) {
+        if (work_[j] <= own) continue;
+        ++place;
+        if (kWeights) before += weights[j];
+      }
+      for (int delta = kLanes / 2; delta > 0; delta /= 2) {
+        place += __shfl_xor_sync(kFullWarp, place, delta);
+        if (kWeights) before += __shfl_xor_sync(kFullWarp, before, delta);
+      }
+      if (i < found && lane_ % kLanes == 0) fn(i, place, before);
+    }
+  }
+  static __device__ uint64_t candidate_weight(WeightScale scale, uint64_t rank) {
+    return fixed_point(scale.weight(key_logit(rank_key(rank))));
   }
 
   // --- search for a cut ------------------------------------------------------------------------
@@ -405,9 +484,11 @@ class RowSampler {
     auto& own = *reinterpret_cast<Histogram*>(work_);
     auto& sums = *reinterpret_cast<HistogramSums*>(&own + 1);
     uint64_t tokens = 0, weight = 0;  // above `high`
+#pragma unroll 1
     for (;;) {
       const int bits = 64 - __clzll(static_cast<long long>(high - low));
       const int shift = max(bits - 9, 0);
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < kBuckets; i += kThreads) {
         own.count[i] = own.weight_low[i] = own.weight_high[i] = 0;
       }
@@ -430,9 +511,9 @@ class RowSampler {
           if (carry != 0) atomicAdd(&own.weight_high[bucket], carry);
         }
       });
-      cluster_.sync();
+      sync_cluster();
       add_histograms(own, sums);
-      cluster_.sync();
+      sync_cluster();
 
       // Thread t takes its buckets from 511 - kEach * t down: in order of rank.
       constexpr int kEach = kBuckets / kThreads;
@@ -443,8 +524,8 @@ class RowSampler {
         own_tokens += sums.count[top - i];
         own_weight += sums.weight[top - i];
       }
-      uint64_t sum_tokens = tokens + block_.inclusive_sum(own_tokens);
-      uint64_t sum_weight = weight + block_.inclusive_sum(own_weight);
+      uint64_t sum_tokens = tokens + block_inclusive_sum<kWarps>(own_tokens, shared_.partials);
+      uint64_t sum_weight = weight + block_inclusive_sum<kWarps>(own_weight, shared_.partials);
       const int owner = __syncthreads_count(!aim.reached(sum_tokens, sum_weight));
       if (static_cast<int>(threadIdx.x) == min(owner, kThreads - 1)) {
         int i = kEach - 1;  // back to the first bucket that reaches the aim
@@ -497,16 +578,18 @@ class RowSampler {
 
   // --- masks, bias, penalties ------------------------------------------------------------------
 
+  __device__ bool has_marks() const { return row_.prompt.count + row_.output.count > 0; }
   __device__ bool has_rules() const {
-    return row_.banned.count + row_.bias.count + row_.prompt.count + row_.output.count > 0;
+    return has_marks() || row_.banned.count + row_.bias.count > 0;
   }
 
   // Calls fn(place in the slice) for the tokens of a list that lie in the slice.
   template <typename Fn>
   __device__ void for_listed(WordRange list, Fn fn) const {
-    constexpr uint32_t kAhead = 8;  // loads in flight
+    constexpr uint32_t kAhead = 4;  // loads in flight
     const uint32_t* words = launch_.step->words + list.begin;
     const int count = min(slice_size_, launch_.vocab - base_);
+#pragma unroll 1
     for (uint32_t start = threadIdx.x; start < list.count; start += kAhead * kThreads) {
       int32_t tokens[kAhead];
 #pragma unroll
@@ -531,145 +614,186 @@ class RowSampler {
       add_bias();
       __syncthreads();
     }
-    if (row_.prompt.count + row_.output.count > 0) penalize();
+    if (has_marks()) penalize();
   }
 
   __device__ void add_bias() {
     const uint32_t* words = launch_.step->words + row_.bias.begin;  // pairs, sorted by token
     const uint32_t pairs = row_.bias.count / 2;
     const int count = min(slice_size_, launch_.vocab - base_);
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < pairs; i += kThreads) {
       const auto token = static_cast<int32_t>(words[2 * i]);
       if (token < base_ || token - base_ >= count) continue;
       if (i > 0 && words[2 * i - 2] == words[2 * i]) continue;  // the first of its token adds all
+#pragma unroll 1
       for (uint32_t j = i; j < pairs && words[2 * j] == words[2 * i]; ++j) {
         slice_[token - base_] = __fadd_rn(slice_[token - base_], __uint_as_float(words[2 * j + 1]));
       }
     }
   }
 
-  // Counts lie packed, by the place of a token among the marked ones: as many as there are distinct
-  // output tokens, a window at a time. A thread has the same words of marks in every pass.
-  __device__ void penalize() {
+  // What the penalties ask of a token: whether it is in prompt or output, in the output, how often.
+  // Counts lie packed, by the place of a token among the marked output tokens, a window at a time.
+  struct Marks {
+    uint32_t* anywhere;   // a bit a token
+    uint32_t* in_output;  // the same
+    uint32_t* before;     // marked output tokens before each word
+    uint32_t* counts;     // [kCountWindow]
+    __device__ int place(int at) const {
+      return static_cast<int>(before[at / 32]) +
+             __popc(in_output[at / 32] & ((1u << (at % 32)) - 1u));
+    }
+  };
+  __device__ Marks marks() const {
     const int num_words = slice_size_ / 32;
-    auto* anywhere = reinterpret_cast<uint32_t*>(work_);  // marks of prompt and output tokens
-    uint32_t* in_output = anywhere + num_words;
-    uint32_t* before = in_output + num_words;  // marked output tokens before each word
-    uint32_t* counts = before + num_words;
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * num_words; i += kThreads) anywhere[i] = 0;
+    auto* words = reinterpret_cast<uint32_t*>(work_);
+    return {words, words + num_words, words + 2 * num_words, words + 3 * num_words};
+  }
+
+  // Needs no logits. Counts the first window.
+  __device__ void mark_lists() {
+    const Marks marked = marks();
+    const int num_words = slice_size_ / 32;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * num_words; i += kThreads) {
+      marked.anywhere[i] = 0;
+    }
     __syncthreads();
-    const auto mark = [](uint32_t* marks, int at) { atomicOr(&marks[at / 32], 1u << (at % 32)); };
-    for_listed(row_.prompt, [&](int at) { mark(anywhere, at); });
+    const auto mark = [](uint32_t* bits, int at) { atomicOr(&bits[at / 32], 1u << (at % 32)); };
+    for_listed(row_.prompt, [&](int at) { mark(marked.anywhere, at); });
     for_listed(row_.output, [&](int at) {
-      mark(anywhere, at);
-      mark(in_output, at);
+      mark(marked.anywhere, at);
+      mark(marked.in_output, at);
     });
     __syncthreads();
-    const auto for_marked = [&](const uint32_t* marks, auto fn) {
-      for (int word = static_cast<int>(threadIdx.x); word < num_words; word += kThreads) {
-        for (uint32_t bits = marks[word]; bits != 0; bits &= bits - 1) {
-          fn(word * 32 + __ffs(static_cast<int>(bits)) - 1);
-        }
+    if (row_.presence_penalty == 0.f && row_.frequency_penalty == 0.f) return;
+    int distinct = 0;
+#pragma unroll 1
+    for (int start = 0; start < num_words; start += kThreads) {
+      const int word = start + static_cast<int>(threadIdx.x);
+      const int own = word < num_words ? __popc(marked.in_output[word]) : 0;
+      const auto sum = static_cast<int>(
+          block_inclusive_sum<kWarps>(static_cast<uint64_t>(own), shared_.partials));
+      if (word < num_words) marked.before[word] = static_cast<uint32_t>(distinct + sum - own);
+      if (threadIdx.x == kThreads - 1) shared_.distinct = sum;
+      __syncthreads();
+      distinct += shared_.distinct;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared_.distinct = distinct;
+    count_output(marked, 0);
+  }
+  __device__ void count_output(const Marks& marked, int window) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kCountWindow; i += kThreads) {
+      marked.counts[i] = 0;
+    }
+    __syncthreads();
+    if (row_.frequency_penalty != 0.f) {
+      for_listed(row_.output, [&](int at) {
+        const int i = marked.place(at) - window;
+        if (i >= 0 && i < kCountWindow) atomicAdd(&marked.counts[i], 1u);
+      });
+    }
+    __syncthreads();
+  }
+
+  // Calls fn(place in the slice) for the marked tokens. A thread has the same words in every call.
+  template <typename Fn>
+  __device__ void for_marked(const uint32_t* bits, Fn fn) const {
+#pragma unroll 1
+    for (int word = static_cast<int>(threadIdx.x); word < slice_size_ / 32; word += kThreads) {
+#pragma unroll 1
+      for (uint32_t rest = bits[word]; rest != 0; rest &= rest - 1) {
+        fn(word * 32 + __ffs(static_cast<int>(rest)) - 1);
       }
-    };
+    }
+  }
+
+  __device__ void penalize() {
+    const Marks marked = marks();
     if (row_.repetition_penalty != 1.f) {
       const float penalty = row_.repetition_penalty;
-      for_marked(anywhere, [&](int at) {
+      for_marked(marked.anywhere, [&](int at) {
         const float x = slice_[at];
         slice_[at] = x > 0.f ? __fdiv_rn(x, penalty) : __fmul_rn(x, penalty);
       });
     }
     if (row_.presence_penalty == 0.f && row_.frequency_penalty == 0.f) return;
-
-    int distinct = 0;
-    for (int start = 0; start < num_words; start += kThreads) {
-      const int word = start + static_cast<int>(threadIdx.x);
-      const int own = word < num_words ? __popc(in_output[word]) : 0;
-      const auto sum = static_cast<int>(block_.inclusive_sum(static_cast<uint64_t>(own)));
-      if (word < num_words) before[word] = static_cast<uint32_t>(distinct + sum - own);
-      if (threadIdx.x == kThreads - 1) shared_.found[0] = static_cast<uint64_t>(sum);
-      __syncthreads();
-      distinct += static_cast<int>(shared_.found[0]);
-    }
-    const auto place = [&](int at) {
-      return static_cast<int>(before[at / 32]) +
-             __popc(in_output[at / 32] & ((1u << (at % 32)) - 1u));
-    };
+    const int distinct = shared_.distinct;
+#pragma unroll 1
     for (int window = 0; window < distinct; window += kCountWindow) {
-      for (int i = static_cast<int>(threadIdx.x); i < kCountWindow; i += kThreads) counts[i] = 0;
-      __syncthreads();
-      for_listed(row_.output, [&](int at) {
-        const int i = place(at) - window;
-        if (i >= 0 && i < kCountWindow) atomicAdd(&counts[i], 1u);
-      });
-      __syncthreads();
-      for_marked(in_output, [&](int at) {
-        const int i = place(at) - window;
+      if (window > 0) {
+        __syncthreads();
+        count_output(marked, window);
+      }
+      for_marked(marked.in_output, [&](int at) {
+        const int i = marked.place(at) - window;
         if (i < 0 || i >= kCountWindow) return;
-        const auto count = static_cast<float>(counts[i]);
+        const auto count = static_cast<float>(marked.counts[i]);
         slice_[at] = __fsub_rn(__fsub_rn(slice_[at], row_.presence_penalty),
                                __fmul_rn(row_.frequency_penalty, count));
       });
-      __syncthreads();
     }
   }
 
   // --- the draw --------------------------------------------------------------------------------
 
-  // The row's uniform number times `total`, rounded down: below `total`.
-  __device__ uint64_t point_of(uint64_t total) const {
+  // Of a whole warp.
+  __device__ void make_uniform() const {
     const PhiloxCounter bits =
         philox4x32_10({row_.output_position, row_.choice, 0, 0},
                       {static_cast<uint32_t>(row_.seed), static_cast<uint32_t>(row_.seed >> 32)});
-    const uint64_t uniform = (uint64_t{bits[0]} << 32 | bits[1]) >> 11;  // 53 bits
-    return __umul64hi(uniform << 11, total);
+    if (lane_ == 0) shared_.uniform = (uint64_t{bits[0]} << 32 | bits[1]) >> 11 << 11;
   }
+  // The row's uniform number times `total`, rounded down: below `total`.
+  __device__ uint64_t point_of(uint64_t total) const { return __umul64hi(shared_.uniform, total); }
 
-  __device__ void draw(uint64_t best) {
-    const float max_logit = key_logit(rank_key(best)), temperature = row_.temperature;
+  __device__ void draw(uint64_t best, bool has_weights) {
+    const float max_logit = key_logit(rank_key(best));
     const auto scale = WeightScale::of(max_logit, row_.inverse_temperature);
     const float floor = fminf(max_logit, max_logit + row_.min_p_offset);
     const bool has_top_p = row_.top_p < 1.f;
-    if (row_.top_k == 0 && !has_top_p) {
-      return draw_from_slices<false>(scale, temperature, {floor, UINT32_MAX});
+    if (row_.top_k == 0 && !has_weights) {
+      exchange_weights(lane_weight(scale, {floor, UINT32_MAX}));
     }
+    if (row_.top_k == 0 && !has_top_p) return draw_from_slices(scale, {floor, UINT32_MAX});
 
     // Of what a nucleus is taken from; with top_k that is known when the candidates are.
-    uint64_t total = 0;
-    if (row_.top_k == 0) {
-      total = exchange_sum(lane_weight<false>(scale, temperature, {floor, UINT32_MAX}));
-    }
+    uint64_t total = row_.top_k == 0 ? sum_of_weights() : 0;
     const int wanted = row_.top_k > 0 ? row_.top_k : kNucleusGuess;
     if (wanted <= kSlots) {
-      const auto found = static_cast<int>(gather({fmaxf(bound_of(wanted), floor), UINT32_MAX}));
+      const int found = gather({fmaxf(bound_of(wanted, 1), floor), UINT32_MAX});
       if (found <= kMaxCandidates && (row_.top_k > 0 || hold_nucleus(scale, found, total))) {
-        if (cta_ != 0) return;
-        if (found <= 2 * WarpTeam::kSize) {
-          if (warp_ == 0) draw_from_candidates(WarpTeam{}, scale, found, total);
-        } else {
-          draw_from_candidates(block_, scale, found, total);
-        }
+        if (cta_ == 0) draw_from_candidates(scale, found, total);
         return;
       }
     }
 
     // Tokens without weight cannot be drawn: whether they are kept makes no difference.
-    uint64_t low = rank_at_least(fmaxf(floor, max_logit - kLastWeight * temperature));
-    if (row_.top_k > 0) {
-      const Selection top = select(scale, low, best, {row_.top_k});
-      low = top.rank;
-      total = top.weight;
+    uint64_t low = rank_at_least(fmaxf(floor, scale.least()));
+    bool by_count = row_.top_k > 0;  // then, of those, the nucleus
+#pragma unroll 1
+    for (;;) {
+      Aim aim{row_.top_k};
+      if (!by_count) {
+        // Leaving out all tokens below w, each at most w, loses at most vocab * w. So the nucleus
+        // lies above w = (1 - top_p) * total / vocab; a tenth in the exponent allows for rounding.
+        const float mass = static_cast<float>(total) * 0x1p-40f;
+        const float depth =
+            logf(static_cast<float>(launch_.vocab) / ((1.f - row_.top_p) * mass)) + 0.1f;
+        low = max(low, rank_at_least(max_logit - fmaxf(depth, 0.f) * row_.temperature));
+        aim = {0, nucleus_of(total)};
+      }
+      const Selection selected = select(scale, low, best, aim);
+      low = selected.rank;
+      if (!by_count || !has_top_p) break;
+      total = selected.weight;
+      by_count = false;
     }
-    if (has_top_p) {
-      // Leaving out all tokens below w, each at most w, loses at most vocab * w. So the nucleus
-      // lies above w = (1 - top_p) * total / vocab; a tenth in the exponent allows for rounding.
-      const float mass = static_cast<float>(total) * 0x1p-40f;
-      const float depth =
-          logf(static_cast<float>(launch_.vocab) / ((1.f - row_.top_p) * mass)) + 0.1f;
-      low = max(low, rank_at_least(max_logit - fmaxf(depth, 0.f) * temperature));
-      low = select(scale, low, best, {0, nucleus_of(total)}).rank;
-    }
-    draw_from_slices<true>(scale, temperature, cut_at(low));
+    exchange_weights(lane_weight(scale, cut_at(low)));
+    draw_from_slices(scale, cut_at(low));
   }
 
   __device__ double nucleus_of(uint64_t total) const {
@@ -680,113 +804,116 @@ class RowSampler {
   __device__ bool hold_nucleus(WeightScale scale, int found, uint64_t total) {
     uint64_t weight = 0;
     if (cta_ == 0) {
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < found; i += kThreads) {
         weight += candidate_weight(scale, work_[i]);
       }
     }
-    exchange(warp_sum(weight));
+    const Slot* slots = exchange(warp_sum(weight));
     uint64_t sum = 0;
-    for (int i = 0; i < kLaneSlots; ++i) sum += values_[i];
+    for (int i = 0; i < kLaneSlots; ++i) sum += slots[i].value;
     return static_cast<double>(warp_sum(sum)) >= nucleus_of(total);
   }
 
-  static __device__ uint64_t candidate_weight(WeightScale scale, uint64_t rank) {
-    return fixed_point(scale.weight(key_logit(rank_key(rank))));
-  }
-
-  // Walks the warps' sums to the warp that holds the point; that one walks its tokens.
-  template <bool kTies>
-  __device__ void draw_from_slices(WeightScale scale, float temperature, Cut cut) {
-    exchange(warp_sum(fixed_point(lane_weight<kTies>(scale, temperature, cut))));
+  // Walks weights_ to the warp that holds the point; the warps of its block take its steps.
+  __device__ void draw_from_slices(WeightScale scale, Cut cut) {
+    static_assert(slice_of(kMaxSamplingVocab, kCtas) / kStep <= kWarps * kWarps);
     uint64_t lane_sum = 0;
-    for (int i = 0; i < kLaneSlots; ++i) lane_sum += values_[i];
+    for (int i = 0; i < kLaneSlots; ++i) lane_sum += weights_[i];
     const uint64_t sum = warp_inclusive_sum(lane_sum);
     uint64_t point = point_of(__shfl_sync(kFullWarp, sum, 31));
     const int owner = __ffs(static_cast<int>(__ballot_sync(kFullWarp, sum > point))) - 1;
     point -= __shfl_sync(kFullWarp, sum - lane_sum, owner);
-    int slot = 0;
-    for (; slot < kLaneSlots - 1; ++slot) {
-      const uint64_t value = __shfl_sync(kFullWarp, values_[slot], owner);
-      if (value > point) break;
+    int slot = owner * kLaneSlots;
+#pragma unroll
+    for (int i = 0; i < kLaneSlots - 1; ++i) {
+      const uint64_t value = __shfl_sync(kFullWarp, weights_[i], owner);
+      if (slot < owner * kLaneSlots + i || value > point) continue;
       point -= value;
+      ++slot;
     }
-    if (owner * kLaneSlots + slot != cta_ * kWarps + warp_) return;
+    if (slot / kWarps != cta_) return;
 
-    int32_t last = -1;  // of this lane's tokens with weight
-    for (int step = first_step_; step < last_step_; ++step) {
-      const int at = step * kStep + lane_ * 4;
-      uint64_t weights[4];
-      uint64_t own = 0;
+    const int steps = slice_size_ / kStep, holder = slot % kWarps;
+    const int step = holder * steps / kWarps + warp_;
+    const int num_steps = (holder + 1) * steps / kWarps - holder * steps / kWarps;
+    const int at = step * kStep + lane_ * 4;
+    uint64_t weights[4];
+    uint64_t own = 0;
+    int32_t token = -1;  // this lane's last with weight
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float logit = slice_[at + i];
-        weights[i] = cut.keeps(logit, base_ + at + i) ? fixed_point(scale.weight(logit)) : 0;
-        own += weights[i];
-        if (weights[i] > 0) last = base_ + at + i;
-      }
-      const uint64_t step_sum = warp_sum_of_small(own);
-      if (step_sum <= point) {
-        point -= step_sum;
-        continue;
-      }
-      const uint64_t up_to = warp_inclusive_sum(own);
-      uint64_t before = up_to - own;
-      if (point < before || point >= up_to) return;  // another lane
-      int32_t token = base_ + at;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        before += weights[i];
-        if (before <= point) ++token;
-      }
-      choose(token);
+    for (int i = 0; i < 4; ++i) {
+      weights[i] = 0;
+      if (warp_ >= num_steps || !cut.keeps(slice_[at + i], base_ + at + i)) continue;
+      weights[i] = fixed_point(scale.weight(slice_[at + i]));
+      own += weights[i];
+      if (weights[i] > 0) token = base_ + at + i;
+    }
+    const uint64_t step_sum = warp_sum_of_small(own);
+    if (lane_ == 0) shared_.partials[warp_] = step_sum;
+    __syncthreads();
+    uint64_t before = 0;
+    bool is_last = true;  // step with weight
+#pragma unroll 1
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp_) before += shared_.partials[i];
+      if (i > warp_ && shared_.partials[i] > 0) is_last = false;
+    }
+    if (step_sum == 0 || before > point) return;
+    if (before + step_sum <= point) {
+      // The warp's sum was rounded up, beyond what its tokens weigh: the last one then.
+      if (!is_last) return;
+      token = __reduce_max_sync(kFullWarp, token);
+      if (lane_ == 0) choose(token);
       return;
     }
-    // The warp's sum was rounded up by more than its last tokens weigh: the last one then.
-    const int32_t chosen = __reduce_max_sync(kFullWarp, last);
-    if (lane_ == 0) choose(chosen);
+    const uint64_t up_to = before + warp_inclusive_sum(own);
+    before = up_to - own;
+    if (point < before || point >= up_to) return;  // another lane
+    token = base_ + at;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      before += weights[i];
+      if (before <= point) ++token;
+    }
+    choose(token);
   }
 
   // Block 0 alone. The candidates lie in work_ in order of ids; they are the first tokens in order
   // of rank, at least top_k of them or all above the floor. total: what the nucleus is taken from,
   // where it is not they.
-  template <typename Team>
-  __device__ void draw_from_candidates(const Team& team, WeightScale scale, int found,
-                                       uint64_t total) {
-    auto* by_id = reinterpret_cast<uint64_t*>(slice_);
-    for (int i = static_cast<int>(threadIdx.x); i < found; i += Team::kSize) by_id[i] = work_[i];
-    sort_candidates(team, found);
-
+  __device__ void draw_from_candidates(WeightScale scale, int found, uint64_t total) {
+    auto* weights = reinterpret_cast<uint64_t*>(slice_);
+    uint64_t* befores = weights + kMaxCandidates;  // weight before each in the order of rank
     const int kept = row_.top_k > 0 ? min(row_.top_k, found) : found;
-    const int at = 2 * static_cast<int>(threadIdx.x);
-    const uint64_t first = at < kept ? candidate_weight(scale, work_[at]) : 0;
-    const uint64_t second = at + 1 < kept ? candidate_weight(scale, work_[at + 1]) : 0;
-    const uint64_t up_to = team.inclusive_sum(first + second);
-    if (static_cast<int>(threadIdx.x) == (kept - 1) / 2) shared_.found[0] = up_to;
-    team.sync();
-    uint64_t weight = shared_.found[0];
-    uint64_t last = work_[kept - 1];
-    if (row_.top_p < 1.f) {
-      const double aim = nucleus_of(row_.top_k > 0 ? weight : total);
-      const bool second_reaches = static_cast<double>(up_to) >= aim;
-      const bool first_reaches = static_cast<double>(up_to - second) >= aim;
-      const int owner = team.count(!second_reaches);  // all of them reach it: a thread does
-      if (static_cast<int>(threadIdx.x) == owner) {
-        shared_.found[1] = first_reaches ? up_to - second : up_to;
-        shared_.found[2] = work_[first_reaches ? at : at + 1];
-      }
-      team.sync();
-      weight = shared_.found[1];
-      last = shared_.found[2];
-    }
+    order_candidates<true>(scale, found, [&](int i, int place, uint64_t before) {
+      befores[i] = place < kept ? before : ~uint64_t{0};
+      if (place == kept - 1) shared_.found[0] = before + weights[i];
+    });
+    __syncthreads();
+    if (warp_ != 0) return;
 
-    const uint64_t point = point_of(weight);
-    const uint64_t a = at < found && by_id[at] >= last ? candidate_weight(scale, by_id[at]) : 0;
-    const uint64_t b =
-        at + 1 < found && by_id[at + 1] >= last ? candidate_weight(scale, by_id[at + 1]) : 0;
-    const uint64_t sum = team.inclusive_sum(a + b);
-    const uint64_t before = sum - a - b;
-    if (point < before || point >= sum) return;
-    choose(rank_token(by_id[point < before + a ? at : at + 1]));
+    // One warp draws, a run of candidates a lane: those before which the nucleus is not complete.
+    const uint64_t all = shared_.found[0];
+    const double aim = nucleus_of(row_.top_k > 0 ? all : total);
+    const auto is_drawn = [&](int i) {
+      return befores[i] != ~uint64_t{0} &&
+             (row_.top_p >= 1.f || static_cast<double>(befores[i]) < aim);
+    };
+    const int run = (found + 31) / 32;
+    const int begin = min(lane_ * run, found), end = min(begin + run, found);
+    uint64_t own = 0;
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) own += is_drawn(i) ? weights[i] : 0;
+    const uint64_t up_to = warp_inclusive_sum(own);
+    const uint64_t point = point_of(__shfl_sync(kFullWarp, up_to, 31));
+    uint64_t before = up_to - own;
+    if (point < before || point >= up_to) return;  // another lane
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) {
+      before += is_drawn(i) ? weights[i] : 0;
+      if (before > point) return choose(rank_token(work_[i]));
+    }
   }
 
   // --- results ---------------------------------------------------------------------------------
@@ -811,7 +938,6 @@ class RowSampler {
   DeviceSampledToken& result_;
   Shared& shared_;
   const DeviceSamplingRow& row_;  // a copy of source_
-  const Block block_;
   cg::cluster_group cluster_ = cg::this_cluster();
   const int cta_, lane_, warp_;
   const int slice_size_, base_;       // logits of this block: ids [base_, base_ + slice_size_)
@@ -819,8 +945,8 @@ class RowSampler {
   float* slice_;                      // [slice_size_]
   uint64_t* work_;                    // work_bytes()
   int phase_ = 0;                     // the half of the slots in use
-  uint64_t values_[kLaneSlots];       // of the last exchange, this lane's
-  uint32_t best_keys_[kLaneSlots];    // of the last exchange_max()
+  uint32_t best_keys_[kLaneSlots];    // of this lane's slots: the warps' maxima
+  uint64_t weights_[kLaneSlots];      // and weights
   float normalizer_ = 0.f;            // log of the sum of e^logit over the raw row
 };
 
@@ -830,8 +956,14 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void sample_kernel(
   __shared__ typename RowSampler<kCtas, kThreads>::Shared shared;
   extern __shared__ __align__(16) std::byte dynamic[];
   const int row = static_cast<int>(blockIdx.x) / kCtas;
-  if (row >= launch.step->num_rows) return;  // fills the batch up
-  RowSampler<kCtas, kThreads>(launch, row, shared, dynamic).run();
+  RowSampler<kCtas, kThreads> sampler(launch, row, shared, dynamic);
+  // Rows that fill the batch up are not read where bandwidth counts; with few rows the latency of
+  // their number does.
+  constexpr int kFewRows = 8;
+  if (launch.num_rows > kFewRows && row >= launch.step->num_rows) return;
+  sampler.start();
+  if (row >= launch.step->num_rows) return sampler.abandon();
+  sampler.run();
 }
 
 constexpr int kClusterBlocks = 8;   // the largest portable cluster
@@ -839,7 +971,7 @@ constexpr int kBlockThreads = 512;  // two blocks an SM
 
 int dynamic_bytes(int vocab) {
   const int slice = slice_of(vocab, kClusterBlocks);
-  return slice_bytes(slice, kBlockThreads) + work_bytes(slice, kBlockThreads);
+  return slice_bytes(slice) + work_bytes(slice);
 }
 
 }  // namespace

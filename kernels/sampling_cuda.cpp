@@ -15,6 +15,7 @@
 
 #include "kernels/core/check.h"
 #include "kernels/cuda_check.h"
+#include "kernels/cuda_memory.h"
 #include "kernels/sampling_step_cuda.h"
 
 namespace kvarn::cuda {
@@ -23,49 +24,6 @@ namespace {
 // 256 rows of 65,536 tokens; longer lists in all rows at once are rare enough to wait for memory.
 constexpr size_t kInitialListBytes = size_t{64} << 20;
 constexpr float kGreedyTemperature = 1e-5f;  // as in sampling_cpu.cpp
-
-// Memory that is freed with its owner.
-class DeviceMemory {
- public:
-  DeviceMemory() = default;
-  explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&data_, bytes)); }
-  ~DeviceMemory() { cudaFree(data_); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-};
-
-// Page-locked, and readable and writable by the device at the same address.
-class PinnedMemory {
- public:
-  PinnedMemory() = default;
-  explicit PinnedMemory(size_t bytes) {
-    CUDA_CHECK(cudaHostAlloc(&data_, bytes, cudaHostAllocDefault));
-    std::memset(data_, 0, bytes);
-  }
-  ~PinnedMemory() { cudaFreeHost(data_); }
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(PinnedMemory&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-};
 
 bool reads_prompt(const SamplingRow& row) { return row.repetition_penalty != 1.f; }
 bool reads_output(const SamplingRow& row) {
@@ -84,10 +42,12 @@ class Sampler::Impl {
   explicit Impl(const StepLimits& limits)
       : max_rows_(limits.max_logit_rows),
         vocab_(limits.vocab),
-        device_head_(sizeof(DeviceSamplingStep) + rows_bytes()),
-        pinned_head_(sizeof(DeviceSamplingStep) + rows_bytes()),
-        results_(static_cast<size_t>(std::max(max_rows_, 1)) * sizeof(DeviceSampledToken)) {
+        device_head_(allocate_device(sizeof(DeviceSamplingStep) + rows_bytes())),
+        pinned_head_(allocate_pinned(sizeof(DeviceSamplingStep) + rows_bytes())),
+        results_(allocate_pinned(static_cast<size_t>(std::max(max_rows_, 1)) *
+                                 sizeof(DeviceSampledToken))) {
     prepare_sampling(vocab_);
+    std::memset(results_.data(), 0, results_.bytes());
     CUDA_CHECK(cudaEventCreateWithFlags(&copied_, cudaEventDisableTiming));
     try {
       const size_t all_tokens = static_cast<size_t>(std::max(max_rows_, 1)) *
@@ -95,7 +55,7 @@ class Sampler::Impl {
                                 sizeof(uint32_t);
       grow_lists(std::min(all_tokens, kInitialListBytes));
       // A launch before the first stage() finds no rows.
-      CUDA_CHECK(cudaMemset(device_head_.as<void>(), 0, sizeof(DeviceSamplingStep)));
+      CUDA_CHECK(cudaMemset(device_head_.data(), 0, sizeof(DeviceSamplingStep)));
       CUDA_CHECK(cudaDeviceSynchronize());
     } catch (...) {
       cudaEventDestroy(copied_);
@@ -120,18 +80,19 @@ class Sampler::Impl {
       grow_lists(std::max(words * sizeof(uint32_t), 2 * list_bytes_));
     }
 
-    auto& step = *pinned_head_.as<DeviceSamplingStep>();
-    step = {device_lists_.as<uint32_t>(), static_cast<int32_t>(rows.size())};
+    auto& step = *reinterpret_cast<DeviceSamplingStep*>(pinned_head_.data());
+    step = {reinterpret_cast<const uint32_t*>(device_lists_.data()),
+            static_cast<int32_t>(rows.size())};
     auto* staged = rows_of(pinned_head_);
     words_ = 0;
     for (size_t i = 0; i < rows.size(); ++i) staged[i] = pack(rows[i]);
     CHECK(words_ == words, "sampling: the lists were counted before they were packed");
 
     const size_t head_bytes = sizeof(DeviceSamplingStep) + rows.size() * sizeof(DeviceSamplingRow);
-    CUDA_CHECK(cudaMemcpyAsync(device_head_.as<void>(), pinned_head_.as<void>(), head_bytes,
+    CUDA_CHECK(cudaMemcpyAsync(device_head_.data(), pinned_head_.data(), head_bytes,
                                cudaMemcpyHostToDevice, stream));
     if (words > 0) {
-      CUDA_CHECK(cudaMemcpyAsync(device_lists_.as<void>(), pinned_lists_.as<void>(),
+      CUDA_CHECK(cudaMemcpyAsync(device_lists_.data(), pinned_lists_.data(),
                                  words * sizeof(uint32_t), cudaMemcpyHostToDevice, stream));
     }
     CUDA_CHECK(cudaEventRecord(copied_, stream));
@@ -143,15 +104,14 @@ class Sampler::Impl {
           "sampling: logits are f32 [rows, vocab]");
     CHECK(reinterpret_cast<uintptr_t>(logits.raw()) % 16 == 0, "sampling: logits are aligned");
     launch_sampling(stream, {logits.data<float>(), static_cast<int32_t>(logits.dim(0)), vocab_,
-                             device_head_.as<DeviceSamplingStep>(), rows_of(device_head_),
-                             results_.as<DeviceSampledToken>()});
+                             reinterpret_cast<const DeviceSamplingStep*>(device_head_.data()),
+                             rows_of(device_head_), results()});
   }
 
   void collect(std::span<SampledToken> tokens) const {
     CHECK(tokens.size() <= num_staged_, "sampling: more tokens asked for than rows were staged");
-    const auto* results = results_.as<DeviceSampledToken>();
     for (size_t i = 0; i < tokens.size(); ++i) {
-      const DeviceSampledToken& result = results[i];
+      const DeviceSampledToken& result = results()[i];
       SampledToken& token = tokens[i];
       token.token = result.token;
       token.logprob = result.logprob;
@@ -168,19 +128,20 @@ class Sampler::Impl {
     return static_cast<size_t>(std::max(max_rows_, 1)) * sizeof(DeviceSamplingRow);
   }
   // The rows follow the step.
-  template <typename Memory>
-  static DeviceSamplingRow* rows_of(const Memory& head) {
+  static DeviceSamplingRow* rows_of(const Buffer& head) {
     static_assert(sizeof(DeviceSamplingStep) % alignof(DeviceSamplingRow) == 0);
-    return reinterpret_cast<DeviceSamplingRow*>(head.template as<std::byte>() +
-                                                sizeof(DeviceSamplingStep));
+    return reinterpret_cast<DeviceSamplingRow*>(head.data() + sizeof(DeviceSamplingStep));
+  }
+  DeviceSampledToken* results() const {
+    return reinterpret_cast<DeviceSampledToken*>(results_.data());
   }
 
   void grow_lists(size_t bytes) {
     list_bytes_ = 0;
-    pinned_lists_ = PinnedMemory();
-    device_lists_ = DeviceMemory();  // before the new ones: memory may be short
-    pinned_lists_ = PinnedMemory(bytes);
-    device_lists_ = DeviceMemory(bytes);
+    pinned_lists_ = Buffer();
+    device_lists_ = Buffer();  // before the new ones: memory may be short
+    pinned_lists_ = allocate_pinned(bytes);
+    device_lists_ = allocate_device(bytes);
     list_bytes_ = bytes;
   }
 
@@ -211,7 +172,8 @@ class Sampler::Impl {
   WordRange append(std::span<const int32_t> tokens) {
     const WordRange range{static_cast<uint32_t>(words_), static_cast<uint32_t>(tokens.size())};
     if (!tokens.empty()) {
-      std::memcpy(pinned_lists_.as<uint32_t>() + words_, tokens.data(), tokens.size_bytes());
+      std::memcpy(pinned_lists_.data() + words_ * sizeof(uint32_t), tokens.data(),
+                  tokens.size_bytes());
     }
     words_ += tokens.size();
     return range;
@@ -226,18 +188,17 @@ class Sampler::Impl {
     static_assert(sizeof(LogitBias) == 2 * sizeof(uint32_t));
     const WordRange range{static_cast<uint32_t>(words_), static_cast<uint32_t>(2 * bias.size())};
     if (!bias.empty()) {
-      std::memcpy(pinned_lists_.as<uint32_t>() + words_, bias.data(), bias.size_bytes());
+      std::memcpy(pinned_lists_.data() + words_ * sizeof(uint32_t), bias.data(), bias.size_bytes());
     }
     words_ += 2 * bias.size();
     return range;
   }
 
   const int max_rows_, vocab_;
-  DeviceMemory device_head_;  // DeviceSamplingStep, then max_rows_ of DeviceSamplingRow
-  PinnedMemory pinned_head_;
-  PinnedMemory results_;  // written by the kernel itself
-  DeviceMemory device_lists_;
-  PinnedMemory pinned_lists_;
+  Buffer device_head_;  // DeviceSamplingStep, then max_rows_ of DeviceSamplingRow
+  Buffer pinned_head_;
+  Buffer results_;  // DeviceSampledToken, pinned: the kernel itself writes them
+  Buffer device_lists_, pinned_lists_;
   size_t list_bytes_ = 0, words_ = 0;
   size_t num_staged_ = 0;
   std::vector<LogitBias> sorted_bias_;

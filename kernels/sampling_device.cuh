@@ -34,6 +34,8 @@ __device__ inline int32_t rank_token(uint64_t rank) {
   return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
 }
 
+constexpr float kLastPower = 42.f;  // 2^-42 rounds to zero in fixed_point()
+
 // e^((logit - max) / temperature), in (0, 1].
 struct WeightScale {
   float max, factor;  // factor: log2(e) / temperature
@@ -46,13 +48,12 @@ struct WeightScale {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"((logit - max) * factor));
     return power;
   }
+  // Logits below this have no weight in fixed point.
+  __device__ float least() const { return max - __fdividef(kLastPower, factor); }
 };
 // Weights as integers, in units of 2^-40: a row of 2^18 tokens sums to less than 2^58, and what is
 // rounded away in a row is at most 2^18 * 2^-41, 1.2e-7 of the largest weight alone.
 __device__ inline uint64_t fixed_point(float weight) { return __float2ull_rn(weight * 0x1p40f); }
-// They are zero from (max - logit) / temperature = 41 ln 2 = 28.42 on.
-constexpr float kLastWeight = 29.f;
-
 __device__ inline uint32_t lanes_below() {
   uint32_t mask;
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
@@ -67,11 +68,11 @@ __device__ inline uint64_t warp_sum(uint64_t v) {
   for (int delta = 16; delta > 0; delta /= 2) v += __shfl_xor_sync(kFullWarp, v, delta);
   return v;
 }
-// Of values below 2^42.
+// Of values below 2^50: a lane's weights.
 __device__ inline uint64_t warp_sum_of_small(uint64_t v) {
-  constexpr uint32_t kLow = (1u << 21) - 1;  // 32 of these add up to less than 2^26
+  constexpr uint32_t kLow = (1u << 23) - 1;  // 32 of these add up to less than 2^28
   const uint32_t low = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(v) & kLow);
-  return low + (uint64_t{__reduce_add_sync(kFullWarp, static_cast<uint32_t>(v >> 21))} << 21);
+  return low + (uint64_t{__reduce_add_sync(kFullWarp, static_cast<uint32_t>(v >> 23))} << 23);
 }
 template <typename T>
 __device__ T warp_inclusive_sum(T v) {
@@ -83,57 +84,64 @@ __device__ T warp_inclusive_sum(T v) {
   return v;
 }
 
-// A whole thread block, or its first warp alone: who works on a list of candidates.
+// Inclusive sums over the threads of a block of kWarps warps. `partials` is shared memory for
+// kWarps values.
 template <int kWarps>
-struct BlockTeam {
-  uint64_t* partials;  // shared memory, kWarps values
-  static constexpr int kSize = kWarps * 32;
-
-  __device__ void sync() const { __syncthreads(); }
-  __device__ int count(bool predicate) const { return __syncthreads_count(predicate); }
-  __device__ uint64_t inclusive_sum(uint64_t v) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    v = warp_inclusive_sum(v);
-    __syncthreads();  // an earlier use of partials is over
-    if (lane == 31) partials[warp] = v;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) v += w < warp ? partials[w] : 0;
-    return v;
-  }
-};
-struct WarpTeam {
-  static constexpr int kSize = 32;
-  __device__ void sync() const { __syncwarp(); }
-  __device__ int count(bool predicate) const { return __popc(__ballot_sync(kFullWarp, predicate)); }
-  __device__ uint64_t inclusive_sum(uint64_t v) const { return warp_inclusive_sum(v); }
-};
-
-// Bitonic sort of shared memory, descending; `size` is a power of two, at most twice the team.
-// Ends with a barrier of the team.
-template <typename Team>
-__device__ void sort_descending(const Team& team, uint64_t* values, int size) {
-  const int pair = static_cast<int>(threadIdx.x);
-  for (int run = 2; run <= size; run *= 2) {
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      if (pair < size / 2) {
-        const int at = 2 * pair - (pair & (stride - 1));
-        const uint64_t a = values[at], b = values[at + stride];
-        if ((a < b) == ((at & run) == 0)) {
-          values[at] = b;
-          values[at + stride] = a;
-        }
-      }
-      // The 32 pairs of a warp stay within 64 values while neither this stride nor the next
-      // exceeds 32.
-      const int next = stride > 1 ? stride / 2 : run;
-      if (stride > 32 || next > 32) {
-        team.sync();
-      } else {
-        __syncwarp();
-      }
-    }
-  }
-  team.sync();
+__device__ uint64_t block_inclusive_sum(uint64_t v, uint64_t* partials) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  v = warp_inclusive_sum(v);
+  __syncthreads();  // an earlier use of partials is over
+  if (lane == 31) partials[warp] = v;
+  __syncthreads();
+#pragma unroll 1
+  for (int w = 0; w < kWarps; ++w) v += w < warp ? partials[w] : 0;
+  return v;
 }
+
+// A barrier of the cluster that whole warps reach together. (The one of cooperative groups makes no
+// such assumption, which costs a fifth of the kernel's code.)
+__device__ inline void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+// Stores 16 bytes at the address that `place` has in block `cta` of the cluster.
+__device__ inline void store_shared(void* place, int cta, uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n .reg .u32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
+      " st.shared::cluster.v2.u64 [there], {%2, %3};\n}" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(place))),
+      "r"(cta), "l"(a), "l"(b)
+      : "memory");
+}
+
+// A barrier in shared memory that counts the bytes of bulk copies (PTX ISA, "mbarrier"), used once.
+// start() is of one thread, wait() of any that saw it happen.
+struct CopyBarrier {
+  uint64_t state;
+
+  __device__ static uint32_t address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  }
+  // `bytes` is a multiple of 16, or 0.
+  __device__ void start(float* to, const float* from, uint32_t bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&state)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&state)),
+                 "r"(bytes)
+                 : "memory");
+    if (bytes == 0) return;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(address(to)),
+        "l"(from), "r"(bytes), "r"(address(&state))
+        : "memory");
+  }
+  __device__ void wait() {
+    asm volatile(
+        "{\n .reg .pred done;\nwait:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+        " @!done bra wait;\n}" ::"r"(address(&state))
+        : "memory");
+  }
+};
 
 }  // namespace kvarn::cuda
