@@ -18,12 +18,12 @@
 #include "kernels/attention_decode_tile.cuh"
 #include "kernels/core/check.h"
 #include "kernels/cuda_check.h"
+#include "kernels/device_overlap.cuh"
 
 namespace kvarn::cuda {
 namespace {
 
 constexpr int kBlocksPerSm = 1;
-constexpr int kProgrammatic = 1;
 constexpr int kHeads = 8;  // query heads of one KV head, padded: N of the MMAs
 
 template <KvFormat kFormat>
@@ -509,10 +509,8 @@ __global__ void __launch_bounds__(32 * C::kWarps, kBlocksPerSm)
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte memory[];
   auto& shared = *reinterpret_cast<Shared<C>*>(memory);
-  if (kProgrammatic) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  }
+  wait_for_kernel_in_front();
+  let_next_kernel_begin();
   const DecodeShare& share = args.shares[blockIdx.x];
   const int items = share.items, segments = share.segments, units = items * C::kSplit;
   if (items == 0) return;
@@ -686,18 +684,9 @@ void launch(cudaStream_t stream, const Args& args, int grid) {
     return true;
   }();
   static_cast<void>(ready);
-  // May start while the kernel before it ends: it waits by itself before it reads anything.
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = kProgrammatic;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(32 * C::kWarps);
-  config.dynamicSmemBytes = sizeof(Shared<C>);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, args));
+  LaunchConfig config(stream, static_cast<unsigned>(grid), 32 * C::kWarps, /*overlap=*/true);
+  config.value.dynamicSmemBytes = sizeof(Shared<C>);
+  CUDA_CHECK(cudaLaunchKernelEx(&config.value, kKernel, args));
 }
 
 Buffer allocate_device(size_t bytes) {
