@@ -46,6 +46,7 @@ class EngineObserver {
   virtual ~EngineObserver() = default;
   virtual void on_step(double seconds, int prefill_tokens, int decode_tokens) = 0;
   virtual void on_preemption(RequestId id, int choice) = 0;
+  virtual void on_device_lost() = 0;
 };
 
 class Engine {

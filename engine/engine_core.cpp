@@ -158,6 +158,7 @@ bool EngineCore::finish_step() {
     fail(StatusCode::kUnavailable, "engine_unavailable", "the engine lost its device",
          error.what());
     device_ok = false;
+    if (observer_ != nullptr) observer_->on_device_lost();
   } catch (const std::exception& error) {
     fail(StatusCode::kInternal, "engine_error", "the engine failed in a step", error.what());
   } catch (...) {

@@ -39,6 +39,7 @@ class Metrics : public EngineObserver {
   // EngineObserver, on the engine thread.
   void on_step(double seconds, int prefill_tokens, int decode_tokens) override;
   void on_preemption(RequestId id, int choice) override;
+  void on_device_lost() override { device_error("cuda"); }
 
   void request_accepted(int64_t n);
   void time_to_first_token(double seconds);

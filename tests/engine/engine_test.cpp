@@ -350,6 +350,7 @@ TEST(EngineTest, TheObserverSeesStepsAndPreemptions) {
       decode += decode_tokens;
     }
     void on_preemption(RequestId, int) override { ++preemptions; }
+    void on_device_lost() override {}
     int prefill = 0, decode = 0, preemptions = 0;
   } observer;
   {

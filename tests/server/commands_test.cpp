@@ -158,6 +158,7 @@ class PeakObserver : public EngineObserver {
     }
   }
   void on_preemption(RequestId, int) override {}
+  void on_device_lost() override {}
   void watch(Engine* engine) { engine_ = engine; }
   int64_t peak() const { return peak_; }
 

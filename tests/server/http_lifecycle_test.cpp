@@ -317,6 +317,9 @@ TEST(HttpEngineFaults, OfTheDeviceAnswerEveryClientAndTurnHealthToFailed) {
     EXPECT_EQ(health.status, 503);
     EXPECT_EQ(json::parse(health.body)["status"], "failed");
   }
+  EXPECT_THAT(
+      fetch(serving.port(), get("/metrics")).body,
+      HasSubstr("kvarn:device_errors_total{model_name=\"demo\",engine=\"0\",kind=\"cuda\"} 1"));
 }
 
 TEST(HttpEngineFaults, OfAStallAnswerEveryClientAndTurnHealthToStalled) {
