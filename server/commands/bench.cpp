@@ -189,6 +189,7 @@ void print_json(const Bench& bench, const LoadedEngine& loaded, const std::strin
       {"commit", build_info().commit},
       {"command", command},
       {"kv_cache_dtype", kv_format_name(loaded.kv_layout.format)},
+      {"kv_pages", loaded.memory_plan.num_pages},
       {"rows", std::move(rows)}};
   std::puts(out.dump().c_str());
 }
