@@ -15,7 +15,10 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
     rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . /src
-RUN cmake -S . -B /build -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=OFF -DKVARN_TESTS=OFF && \
+# What /version names; the build context has no .git: --build-arg KVARN_COMMIT=$(git rev-parse --short=12 HEAD)
+ARG KVARN_COMMIT=
+RUN cmake -S . -B /build -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=OFF -DKVARN_TESTS=OFF \
+      -DKVARN_COMMIT="$KVARN_COMMIT" && \
     ninja -C /build kvarn && \
     strip /build/bin/kvarn
 
@@ -29,7 +32,10 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
     rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . /src
-RUN cmake -S . -B /build -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=ON -DKVARN_TESTS=OFF && \
+# What /version names; the build context has no .git: --build-arg KVARN_COMMIT=$(git rev-parse --short=12 HEAD)
+ARG KVARN_COMMIT=
+RUN cmake -S . -B /build -G Ninja -DCMAKE_BUILD_TYPE=Release -DKVARN_CUDA=ON -DKVARN_TESTS=OFF \
+      -DKVARN_COMMIT="$KVARN_COMMIT" && \
     ninja -C /build kvarn && \
     strip /build/bin/kvarn
 

@@ -164,7 +164,7 @@ def build(dockerfile, target, workspace):
             if words[0].startswith("--from="):
                 origin = stages[words.pop(0).removeprefix("--from=")].root
             stage.copy(words[:-1], words[-1], origin)
-        elif keyword == "ENV":
+        elif keyword in ("ENV", "ARG"):  # an ARG has its default: nothing is passed here
             key, _, value = rest.partition("=")
             stage.env[key] = value
         elif keyword == "WORKDIR":
