@@ -1,7 +1,7 @@
 // Attention over pages on the GPU. Each class owns its device scratch, sized once; plan() turns a
 // step's host arrays into what its kernel indexes with, in host memory that the backend copies to
 // the device (`plan` of run()); run() launches. q is f16, out bf16, head_dim 128. The specification
-// is cpu::attention (kv_cpu.h).
+// is cpu::attention (kv_cpu.h). Worker thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t row) {
   return column;
 }
 
-// Not `volatile`: the compiler may move it, "memory" keeps it behind the wait for the page.
+// `volatile` and "memory": it stays behind the wait for the page.
 __device__ __forceinline__ uint4 ldmatrix(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -1,7 +1,7 @@
 // GPU ops that need no plan and no scratch. Activations (x, y, delta, qkv, gate_up) are bf16, the
 // residual stream is f32, weights are bf16 or f32 vectors; q, k and v are f16. The specification of
 // each is its CPU twin (ops_cpu.h, kv_cpu.h). Launchers take the stream, check shapes once,
-// allocate nothing and wait for nothing; zero rows launch nothing.
+// allocate nothing and wait for nothing; zero rows launch nothing. Worker thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
 // sample_row() (sampling.h) for all rows of a step on the GPU, every field included. Logits never
-// leave the device.
+// leave the device. Worker thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>

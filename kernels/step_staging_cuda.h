@@ -1,6 +1,7 @@
 // The way of a step's arrays to the GPU: pinned host memory and its twin on the device, every array
 // at an offset fixed by the limits, so that recorded launches find each step's arrays. Bytes in use
 // are copied, neighbours together. The host's half is free again when the stream has passed send().
+// Worker thread only.
 #pragma once
 
 #include <cuda_runtime_api.h>
